@@ -1,0 +1,108 @@
+"""Argument checks that say what is expected and what was received."""
+
+import math
+from collections.abc import Callable, Collection
+from typing import Any, NoReturn, TypeVar
+
+import numpy as np
+
+from keras_moe.types import Shape, Tensor
+
+T = TypeVar("T")
+
+
+def fail(expectation: str, **received: Any) -> NoReturn:
+    """Raises a `ValueError` in the form Keras users know: expectation, then what came."""
+    shown = ", ".join(f"{name}={value!r}" for name, value in received.items())
+    raise ValueError(f"{expectation} Received: {shown}")
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def positive_int(name: str, value: Any) -> int:
+    """Returns `value` as an `int` of at least 1."""
+    if not _is_integer(value) or value < 1:
+        fail(f"`{name}` must be a positive integer.", **{name: value})
+    return int(value)
+
+
+def int_at_least(name: str, value: Any, low: int) -> int:
+    """Returns `value` as an `int` of at least `low`."""
+    if not _is_integer(value) or value < low:
+        fail(f"`{name}` must be an integer of at least {low}.", **{name: value})
+    return int(value)
+
+
+def int_between(name: str, value: Any, low: int, high: int, high_name: str) -> int:
+    """Returns `value` as an `int` in [low, high]."""
+    if not _is_integer(value) or not low <= value <= high:
+        fail(f"`{name}` must be an integer between {low} and {high_name}={high}.", **{name: value})
+    return int(value)
+
+
+def non_negative(name: str, value: Any) -> float:
+    """Returns `value` as a finite `float` of at least 0."""
+    number = _number(name, value, "a number of at least 0")
+    if number < 0:
+        fail(f"`{name}` must be a number of at least 0.", **{name: value})
+    return number
+
+
+def positive(name: str, value: Any) -> float:
+    """Returns `value` as a finite `float` above 0."""
+    number = _number(name, value, "a number above 0")
+    if number <= 0:
+        fail(f"`{name}` must be a number above 0.", **{name: value})
+    return number
+
+
+def share(name: str, value: Any) -> float:
+    """Returns `value` as a `float` in [0, 1)."""
+    number = _number(name, value, "a number in [0, 1)")
+    if not 0 <= number < 1:
+        fail(f"`{name}` must be a number in [0, 1).", **{name: value})
+    return number
+
+
+def _number(name: str, value: Any, expected: str) -> float:
+    is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value):
+        fail(f"`{name}` must be {expected}.", **{name: value})
+    return float(value)
+
+
+def optional(check: Callable[[str, Any], T], name: str, value: Any) -> T | None:
+    """Returns None for None, and the checked value otherwise."""
+    return None if value is None else check(name, value)
+
+
+def one_of(name: str, value: Any, known: Collection[str]) -> str:
+    """Returns `value` if it is one of the known names."""
+    if value not in known:
+        fail(f"`{name}` must be one of {sorted(known)}.", **{name: value})
+    return str(value)
+
+
+def token_shape(layer: str, shape: Shape, min_rank: int = 2) -> int:
+    """Returns the model width d of inputs `(..., d)`."""
+    if len(shape) < min_rank:
+        fail(f"`{layer}` expects inputs of rank {min_rank} or more, (..., d).", shape=shape)
+    if shape[-1] is None:
+        fail(f"`{layer}` needs a known last dimension d of its inputs (..., d).", shape=shape)
+    return int(shape[-1])
+
+
+def mask_shape(layer: str, inputs: Tensor, mask: Tensor) -> None:
+    """Checks that the mask has one entry per token."""
+    expected, received = tuple(inputs.shape)[:-1], tuple(mask.shape)
+    agrees = len(expected) == len(received) and all(
+        a is None or b is None or a == b for a, b in zip(expected, received, strict=True)
+    )
+    if not agrees:
+        fail(
+            f"`{layer}` expects a mask with one entry per token, shape {expected} for inputs of "
+            f"shape {tuple(inputs.shape)}.",
+            mask_shape=received,
+        )

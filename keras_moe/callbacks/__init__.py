@@ -1,0 +1,5 @@
+"""Who watches: callbacks that read what layers count."""
+
+from keras_moe.callbacks.expert_monitor import ExpertMonitor
+
+__all__ = ["ExpertMonitor"]

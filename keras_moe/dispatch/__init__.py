@@ -1,0 +1,9 @@
+"""Who carries: moving tokens to their experts and back."""
+
+from keras_moe.dispatch.blocks import BlocksCarrier
+from keras_moe.dispatch.capacity import CapacityCarrier
+from keras_moe.dispatch.carrier import Carrier
+from keras_moe.dispatch.dense import DenseCarrier
+from keras_moe.dispatch.planner import DispatchPlan
+
+__all__ = ["BlocksCarrier", "CapacityCarrier", "Carrier", "DenseCarrier", "DispatchPlan"]

@@ -1,0 +1,133 @@
+"""Index arithmetic of dispatch: where every assignment goes, and how it finds its way back.
+
+An assignment is a (token, choice) pair, numbered choice-major: a = j N + n, so that all first
+choices come before all second choices and win the slots. Assignments are sorted into bins (an
+expert, or an expert within a capacity group), and bins are laid out in a flat array of slots.
+Nothing is ever scattered: slots gather tokens, tokens gather slots. Out-of-range indices mean four
+different things on three backends, so whatever points nowhere points to a spare slot.
+"""
+
+from typing import NamedTuple
+
+from keras import ops
+
+from keras_moe.types import Tensor
+
+
+class Bins(NamedTuple):
+    """Assignments sorted by bin.
+
+    Attributes:
+        order: int32 `(A,)`, assignments in bin order, unassigned ones last.
+        starts: int32 `(bins,)`, where each bin begins in `order`.
+        counts: int32 `(bins,)`, how many assignments each bin holds.
+        bin_of: int32 `(A,)`, the bin of each assignment, `bins` if it has none.
+        position: int32 `(A,)`, the place of each assignment in its bin, from 0.
+    """
+
+    order: Tensor
+    starts: Tensor
+    counts: Tensor
+    bin_of: Tensor
+    position: Tensor
+
+
+class Slots(NamedTuple):
+    """A layout of bins in a flat array of S slots.
+
+    Attributes:
+        assignment: int32 `(S,)`, the assignment a slot holds; A if it is empty.
+        slot_of: int32 `(A,)`, the slot of an assignment; S if it was dropped.
+    """
+
+    assignment: Tensor
+    slot_of: Tensor
+
+
+def sort_into_bins(bin_of: Tensor, num_bins: int | Tensor) -> Bins:
+    """Sorts assignments by bin; a stable sort, so that earlier assignments come first.
+
+    Args:
+        bin_of: int32 `(A,)`, the bin of each assignment, `num_bins` for none.
+        num_bins: how many bins there are.
+    """
+    total = ops.shape(bin_of)[0]
+    sorted_bins, order = _sort(bin_of, total, num_bins)
+    edges = ops.cast(
+        ops.searchsorted(sorted_bins, ops.arange(num_bins + 1, dtype="int32"), side="left"),
+        "int32",
+    )
+    starts, counts = edges[:-1], edges[1:] - edges[:-1]
+    rank = ops.scatter(
+        ops.expand_dims(order, -1), ops.arange(total, dtype="int32"), (total,)
+    )  # the inverse permutation of `order`
+    padded_starts = ops.concatenate([starts, edges[-1:]])
+    position = rank - ops.take(padded_starts, bin_of)
+    return Bins(order, starts, counts, bin_of, position)
+
+
+def _sort(bin_of: Tensor, total: int | Tensor, num_bins: int | Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the sorted bins and the permutation that sorts them."""
+    is_static = isinstance(total, int) and isinstance(num_bins, int)
+    if is_static and 0 < (num_bins + 1) * total < 2**31:
+        # One sort of a packed key is 4 to 5 times faster than argsort on XLA:CPU (FACTS section 2).
+        packed = ops.sort(bin_of * total + ops.arange(total, dtype="int32"))
+        return packed // total, packed % total
+    order = ops.cast(ops.argsort(bin_of), "int32")
+    return ops.take(bin_of, order), order
+
+
+def capacity_slots(bins: Bins, capacity: int | Tensor) -> Slots:
+    """Lays bins out as rows of `capacity` slots; assignments past the end of a row are dropped."""
+    num_bins = ops.shape(bins.starts)[0]
+    place = ops.arange(capacity, dtype="int32")
+    rank = ops.expand_dims(bins.starts, -1) + place
+    is_used = ops.expand_dims(bins.counts, -1) > place
+    fits = ops.logical_and(bins.bin_of < num_bins, bins.position < capacity)
+    return Slots(
+        assignment=_assignment_at(bins, ops.reshape(rank, (-1,)), ops.reshape(is_used, (-1,))),
+        slot_of=_where(fits, bins.bin_of * capacity + bins.position, num_bins * capacity),
+    )
+
+
+def block_slots(bins: Bins, num_blocks: int | Tensor, block_size: int) -> tuple[Slots, Tensor]:
+    """Lays bins out one after another, each padded to whole blocks: nothing is dropped.
+
+    Args:
+        bins: the sorted assignments.
+        num_blocks: an upper bound of the blocks in use; the rest stay empty.
+        block_size: rows per block.
+
+    Returns:
+        The slots, and the bin of each block, int32 `(num_blocks,)`.
+    """
+    num_bins = ops.shape(bins.starts)[0]
+    blocks_of_bin = (bins.counts + (block_size - 1)) // block_size
+    block_ends = ops.cumsum(blocks_of_bin)
+    block_starts = block_ends - blocks_of_bin
+    blocks = ops.arange(num_blocks, dtype="int32")
+    bin_of_block = ops.cast(ops.searchsorted(block_ends, blocks, side="right"), "int32")
+    bin_of_block = ops.minimum(bin_of_block, num_bins - 1)
+
+    rows = ops.expand_dims((blocks - ops.take(block_starts, bin_of_block)) * block_size, -1)
+    place = rows + ops.arange(block_size, dtype="int32")
+    rank = ops.expand_dims(ops.take(bins.starts, bin_of_block), -1) + place
+    is_used = place < ops.expand_dims(ops.take(bins.counts, bin_of_block), -1)
+
+    padded_starts = ops.concatenate([block_starts, block_starts[-1:]])
+    slot_of = ops.take(padded_starts, bins.bin_of) * block_size + bins.position
+    slots = Slots(
+        assignment=_assignment_at(bins, ops.reshape(rank, (-1,)), ops.reshape(is_used, (-1,))),
+        slot_of=_where(bins.bin_of < num_bins, slot_of, num_blocks * block_size),
+    )
+    return slots, bin_of_block
+
+
+def _assignment_at(bins: Bins, rank: Tensor, is_used: Tensor) -> Tensor:
+    total = ops.shape(bins.order)[0]
+    padded_order = ops.concatenate([bins.order, ops.zeros((1,), dtype="int32")])
+    return _where(is_used, ops.take(padded_order, ops.minimum(rank, total)), total)
+
+
+def _where(condition: Tensor, values: Tensor, otherwise: int | Tensor) -> Tensor:
+    return ops.where(condition, values, ops.cast(otherwise, "int32"))

@@ -1,0 +1,102 @@
+"""Initialisation of stacked expert weights.
+
+Keras counts the leading expert axis of an `(E, in, out)` kernel as a receptive field, which makes
+`glorot_uniform` too small by sqrt(E), and one initializer instance gives the same numbers at every
+call, which makes all experts start equal. Both ruin a mixture silently.
+"""
+
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_moe import _checks
+from keras_moe.types import Config, InitializerLike, Tensor
+
+
+class FiniteInitializer(keras.initializers.Initializer):  # type: ignore[misc]
+    """Calls another initializer and fails if it yields NaN or Inf, before training does.
+
+    Args:
+        initializer: The initializer to call.
+        weight: Name of the weight, for the message.
+    """
+
+    def __init__(self, initializer: InitializerLike, weight: str) -> None:
+        self.initializer = keras.initializers.get(initializer)
+        self.weight = weight
+
+    def __call__(self, shape: Any, dtype: Any = None) -> Tensor:
+        value = self.initializer(shape, dtype=dtype)
+        try:
+            array = ops.convert_to_numpy(ops.cast(value, "float32"))
+        except (NotImplementedError, TypeError):
+            return value  # symbolic: shape inference, the variable itself is made eagerly later
+        if not np.isfinite(array).all():
+            _checks.fail(
+                f"The initializer of `{self.weight}` must return finite numbers.",
+                initializer=self.initializer,
+                non_finite_values=int((~np.isfinite(array)).sum()),
+            )
+        return value
+
+    def get_config(self) -> Config:
+        return {
+            "initializer": keras.initializers.serialize(self.initializer),
+            "weight": self.weight,
+        }
+
+
+class PerExpertInitializer(keras.initializers.Initializer):  # type: ignore[misc]
+    """Draws each expert's slice of an `(E, ...)` weight on its own, with its own fans and seed.
+
+    Args:
+        initializer: Initializer of one expert's weight, of shape `(...)`. With an integer seed the
+            draws are reproducible, and differ by expert and by `weight`.
+        weight: Name of the weight, unique in its layer.
+    """
+
+    def __init__(self, initializer: InitializerLike, weight: str) -> None:
+        self.initializer = keras.initializers.get(initializer)
+        self.weight = weight
+
+    def __call__(self, shape: Any, dtype: Any = None) -> Tensor:
+        num_experts, *expert_shape = shape
+        return ops.stack(
+            [
+                self._of_expert(expert)(tuple(expert_shape), dtype=dtype)
+                for expert in range(num_experts)
+            ]
+        )
+
+    def _of_expert(self, expert: int) -> InitializerLike:
+        if not isinstance(self.initializer, keras.initializers.Initializer):
+            return self.initializer
+        config = reseeded(self.initializer.get_config(), self.weight, expert)
+        return type(self.initializer).from_config(config)
+
+    def get_config(self) -> Config:
+        return {
+            "initializer": keras.initializers.serialize(self.initializer),
+            "weight": self.weight,
+        }
+
+
+def reseeded(config: Any, purpose: str, expert: int) -> Any:
+    """Copies a Keras config with every integer seed replaced by one of this expert's own."""
+    if isinstance(config, dict):
+        return {
+            key: _derived_seed(value, purpose, expert)
+            if key == "seed" and isinstance(value, int)
+            else reseeded(value, purpose, expert)
+            for key, value in config.items()
+        }
+    if isinstance(config, list | tuple):
+        return type(config)(reseeded(value, purpose, expert) for value in config)
+    return config
+
+
+def _derived_seed(seed: int, purpose: str, expert: int) -> int:
+    entropy = [seed % 2**32, *purpose.encode(), expert]
+    return int(np.random.SeedSequence(entropy).generate_state(1)[0] >> 1)  # fits in int32

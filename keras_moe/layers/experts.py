@@ -1,0 +1,238 @@
+"""The stacked bank of expert networks."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_moe import _checks
+from keras_moe.initializers import FiniteInitializer, PerExpertInitializer
+from keras_moe.layers.naming import name_or_default
+from keras_moe.types import (
+    Activation,
+    Config,
+    ConstraintLike,
+    InitializerLike,
+    RegularizerLike,
+    Shape,
+    Tensor,
+)
+
+
+@keras.saving.register_keras_serializable(package="keras_moe")
+class ExpertMLP(keras.layers.Layer):
+    """E multilayer perceptrons with stacked weights, run as one batched matmul per layer.
+
+    For expert e and layer i: h = act(h @ kernel_i[e] + bias_i[e]), the last layer without act
+    unless `activate_last`. With `gated`, a hidden layer is
+    h = act(h @ gate_kernel_i[e] + gate_bias_i[e]) * (h @ kernel_i[e] + bias_i[e]).
+
+    Every expert's weights are drawn on their own with one expert's fans. Weights:
+    `kernel_i (E, in, out)`, `bias_i (E, out)`, and `gate_kernel_i`, `gate_bias_i` of the same
+    shapes.
+
+    Args:
+        num_experts: Positive integer, the number of experts E.
+        units: Positive integer or a sequence of them, the output width of each layer.
+        activation: Activation of the hidden layers. Defaults to `"gelu"`.
+        gated: Whether hidden layers are gated linear units. Defaults to `False`.
+        activate_last: Whether the last layer has the activation too, as in MMoE. Defaults to
+            `False`.
+        dropout: Float in [0, 1), dropout after each activated layer. Defaults to `0.0`.
+        use_bias: Whether the layers have biases. Defaults to `True`.
+        kernel_initializer: Initializer of one expert's kernel. Defaults to `"glorot_uniform"`.
+        bias_initializer: Initializer of one expert's bias. Defaults to `"zeros"`.
+        kernel_regularizer: Optional regularizer of the stacked kernels. Defaults to `None`.
+        bias_regularizer: Optional regularizer of the stacked biases. Defaults to `None`.
+        kernel_constraint: Optional constraint of the stacked kernels. Defaults to `None`.
+        bias_constraint: Optional constraint of the stacked biases. Defaults to `None`.
+        seed: Optional integer, seed of the dropout. Defaults to `None`.
+
+    Call arguments:
+        inputs: `(E, C, d)`, C rows for each expert, or `(1, C, d)`, rows that all experts read.
+            With `block_experts`, `(G, B, d)`: blocks of B rows of one expert each.
+        block_experts: Optional int32 `(G,)`, the expert of each block.
+        training: Whether dropout is on.
+
+    Input shape:
+        `(E, C, d)`, `(1, C, d)` or `(G, B, d)`.
+
+    Output shape:
+        `(E, C, units[-1])`, or `(G, B, units[-1])` with `block_experts`.
+
+    Raises:
+        ValueError: on sizes that are not positive, or a bank of inputs of another size than E.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from keras_moe import layers
+    >>> bank = layers.ExpertMLP(num_experts=4, units=[32, 8], activation="relu")
+    >>> tuple(bank(np.zeros((4, 10, 8), "float32")).shape)
+    (4, 10, 8)
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        units: int | Sequence[int],
+        activation: Activation = "gelu",
+        *,
+        gated: bool = False,
+        activate_last: bool = False,
+        dropout: float = 0.0,
+        use_bias: bool = True,
+        kernel_initializer: InitializerLike = "glorot_uniform",
+        bias_initializer: InitializerLike = "zeros",
+        kernel_regularizer: RegularizerLike = None,
+        bias_regularizer: RegularizerLike = None,
+        kernel_constraint: ConstraintLike = None,
+        bias_constraint: ConstraintLike = None,
+        seed: int | None = None,
+        name: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(name=name_or_default(name, "expert_mlp"), **kwargs)
+        self.num_experts = _checks.positive_int("num_experts", num_experts)
+        self.units = checked_units("units", units)
+        self.activation = keras.activations.get(activation)
+        self.gated = bool(gated)
+        self.activate_last = bool(activate_last)
+        self.dropout = _checks.share("dropout", dropout)
+        self.use_bias = bool(use_bias)
+        self.kernel_initializer = keras.initializers.get(kernel_initializer)
+        self.bias_initializer = keras.initializers.get(bias_initializer)
+        self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
+        self.bias_regularizer = keras.regularizers.get(bias_regularizer)
+        self.kernel_constraint = keras.constraints.get(kernel_constraint)
+        self.bias_constraint = keras.constraints.get(bias_constraint)
+        self.seed = seed
+        self.seed_generator = keras.random.SeedGenerator(seed) if self.dropout else None
+
+    def build(self, input_shape: Any) -> None:
+        width = _checks.token_shape("ExpertMLP", tuple(input_shape), min_rank=3)
+        self._kernels, self._biases = [], []
+        self._gate_kernels, self._gate_biases = [], []
+        for index, units in enumerate(self.units):
+            self._kernels.append(self._add_kernel(f"kernel_{index}", width, units))
+            self._biases.append(self._add_bias(f"bias_{index}", units))
+            if self.gated and self._is_activated(index):
+                self._gate_kernels.append(self._add_kernel(f"gate_kernel_{index}", width, units))
+                self._gate_biases.append(self._add_bias(f"gate_bias_{index}", units))
+            width = units
+
+    def _is_activated(self, index: int) -> bool:
+        return self.activate_last or index < len(self.units) - 1
+
+    def _add_kernel(self, name: str, width: int, units: int) -> Any:
+        return self.add_weight(
+            name=name,
+            shape=(self.num_experts, width, units),
+            initializer=PerExpertInitializer(
+                FiniteInitializer(self.kernel_initializer, f"experts/{name}"), name
+            ),
+            regularizer=self.kernel_regularizer,
+            constraint=self.kernel_constraint,
+        )
+
+    def _add_bias(self, name: str, units: int) -> Any:
+        if not self.use_bias:
+            return None
+        return self.add_weight(
+            name=name,
+            shape=(self.num_experts, units),
+            initializer=PerExpertInitializer(
+                FiniteInitializer(self.bias_initializer, f"experts/{name}"), name
+            ),
+            regularizer=self.bias_regularizer,
+            constraint=self.bias_constraint,
+        )
+
+    def call(
+        self,
+        inputs: Tensor,
+        block_experts: Tensor | None = None,
+        training: bool | None = None,
+    ) -> Tensor:
+        if block_experts is None:
+            self._check_bank_size(inputs)
+        hidden = inputs
+        for index in range(len(self.units)):
+            values = self._linear(hidden, self._kernels[index], self._biases[index], block_experts)
+            if not self._is_activated(index):
+                return values
+            if self.gated:
+                gates = self._linear(
+                    hidden, self._gate_kernels[index], self._gate_biases[index], block_experts
+                )
+                hidden = self.activation(gates) * values
+            else:
+                hidden = self.activation(values)
+            if training and self.seed_generator is not None:
+                hidden = keras.random.dropout(hidden, self.dropout, seed=self.seed_generator)
+        return hidden
+
+    def _linear(
+        self, rows: Tensor, kernel: Tensor, bias: Tensor | None, block_experts: Tensor | None
+    ) -> Tensor:
+        """Multiplies each batch of rows with its expert's kernel, or each block with its own."""
+        if block_experts is not None:
+            kernel = ops.take(kernel, block_experts, axis=0)
+            bias = None if bias is None else ops.take(bias, block_experts, axis=0)
+        outputs = ops.matmul(rows, kernel)
+        return outputs if bias is None else outputs + ops.expand_dims(bias, 1)
+
+    def _check_bank_size(self, inputs: Tensor) -> None:
+        if inputs.shape[0] not in (None, 1, self.num_experts):
+            _checks.fail(
+                "`ExpertMLP` expects inputs of shape (E, C, d) or (1, C, d) with "
+                f"E={self.num_experts}.",
+                shape=tuple(inputs.shape),
+            )
+
+    def compute_output_spec(
+        self,
+        inputs: Tensor,
+        block_experts: Tensor | None = None,
+        training: bool | None = None,
+    ) -> Tensor:
+        if block_experts is None:
+            self._check_bank_size(inputs)
+            first = self.num_experts
+        else:
+            first = inputs.shape[0]
+        return keras.KerasTensor((first, inputs.shape[1], self.units[-1]), dtype=self.compute_dtype)
+
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
+        return (self.num_experts, tuple(input_shape)[1], self.units[-1])
+
+    def get_config(self) -> Config:
+        config: Config = super().get_config()
+        return {
+            **config,
+            "num_experts": self.num_experts,
+            "units": list(self.units),
+            "activation": keras.activations.serialize(self.activation),
+            "gated": self.gated,
+            "activate_last": self.activate_last,
+            "dropout": self.dropout,
+            "use_bias": self.use_bias,
+            "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
+            "bias_initializer": keras.initializers.serialize(self.bias_initializer),
+            "kernel_regularizer": keras.regularizers.serialize(self.kernel_regularizer),
+            "bias_regularizer": keras.regularizers.serialize(self.bias_regularizer),
+            "kernel_constraint": keras.constraints.serialize(self.kernel_constraint),
+            "bias_constraint": keras.constraints.serialize(self.bias_constraint),
+            "seed": self.seed,
+        }
+
+
+def checked_units(name: str, units: Any) -> tuple[int, ...]:
+    """Returns layer widths as a tuple of positive integers."""
+    widths = (
+        tuple(units) if isinstance(units, Sequence) and not isinstance(units, str) else (units,)
+    )
+    if not widths:
+        _checks.fail(f"`{name}` must name at least one layer width.", **{name: units})
+    return tuple(_checks.positive_int(name, width) for width in widths)

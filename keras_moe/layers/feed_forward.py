@@ -1,0 +1,191 @@
+"""What `MoE` and `SoftMoE` share: a bank of feed-forward experts and its arguments."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_moe import _checks
+from keras_moe.layers.experts import ExpertMLP
+from keras_moe.layers.layer_experts import LayerExperts
+from keras_moe.types import (
+    Activation,
+    Config,
+    ConstraintLike,
+    InitializerLike,
+    RegularizerLike,
+    Shape,
+    Tensor,
+)
+
+_NAMED_EXPERTS = {"mlp": False, "glu": True}  # name -> gated
+
+
+class ExpertFeedForward(keras.layers.Layer):
+    """Base of layers whose experts are feed-forward networks `(..., d) -> (..., output_dim)`.
+
+    Args:
+        num_experts: Positive integer, the number of experts E.
+        hidden_dim: The hidden width of named experts, or None where experts are Keras layers.
+        experts: `"mlp"`, `"glu"`, a Keras layer that is copied E times, a list of E Keras layers,
+            or the config of one of these.
+        output_dim: The output width of named experts; None for the inputs'.
+        activation: Activation of the hidden layer.
+        use_bias: Whether experts have biases.
+        dropout: Float in [0, 1), dropout after the hidden layer.
+        kernel_initializer: Initializer of one expert's kernels.
+        bias_initializer: Initializer of one expert's biases.
+        kernel_regularizer: Optional regularizer of kernels.
+        bias_regularizer: Optional regularizer of biases.
+        kernel_constraint: Optional constraint of kernels.
+        bias_constraint: Optional constraint of biases.
+        seed: Optional integer, seed of dropout.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        hidden_dim: int | None,
+        *,
+        experts: Any,
+        output_dim: int | None,
+        activation: Activation,
+        use_bias: bool,
+        dropout: float,
+        kernel_initializer: InitializerLike,
+        bias_initializer: InitializerLike,
+        kernel_regularizer: RegularizerLike,
+        bias_regularizer: RegularizerLike,
+        kernel_constraint: ConstraintLike,
+        bias_constraint: ConstraintLike,
+        seed: int | None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.num_experts = _checks.positive_int("num_experts", num_experts)
+        self.hidden_dim = _checks.optional(_checks.positive_int, "hidden_dim", hidden_dim)
+        self.output_dim = _checks.optional(_checks.positive_int, "output_dim", output_dim)
+        self.activation = keras.activations.get(activation)
+        self.use_bias = bool(use_bias)
+        self.dropout = _checks.share("dropout", dropout)
+        self.kernel_initializer = keras.initializers.get(kernel_initializer)
+        self.bias_initializer = keras.initializers.get(bias_initializer)
+        self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
+        self.bias_regularizer = keras.regularizers.get(bias_regularizer)
+        self.kernel_constraint = keras.constraints.get(kernel_constraint)
+        self.bias_constraint = keras.constraints.get(bias_constraint)
+        self.seed = seed
+        self.supports_masking = True
+
+        self._experts_name = experts if isinstance(experts, str) else None
+        self.experts: Any = self._layer_experts(experts)
+        if self.experts is None and self.hidden_dim is None:
+            _checks.fail(
+                "`hidden_dim` must be a positive integer where the layer builds the experts.",
+                hidden_dim=None,
+            )
+        if self.experts is not None and self.output_dim is not None:
+            _checks.fail(
+                "`output_dim` must be None where `experts` are Keras layers, which set it "
+                "themselves.",
+                output_dim=self.output_dim,
+            )
+
+    def _layer_experts(self, experts: Any) -> LayerExperts | None:
+        """The bank where experts are Keras layers; named ones are built once d is known."""
+        if isinstance(experts, str):
+            _checks.one_of("experts", experts, _NAMED_EXPERTS)
+            return None
+        if isinstance(experts, dict):
+            experts = keras.saving.deserialize_keras_object(experts)
+        if isinstance(experts, LayerExperts):
+            return experts
+        if not isinstance(experts, keras.layers.Layer | Sequence):
+            _checks.fail(
+                f"`experts` must be one of {sorted(_NAMED_EXPERTS)}, a Keras layer or a list of "
+                "Keras layers.",
+                experts=experts,
+            )
+        return LayerExperts(experts, self.num_experts, name="experts", dtype=self.dtype_policy)
+
+    def _build_experts(self, width: int) -> None:
+        if self.experts is None:
+            self.experts = self._mlp(self.num_experts, self.output_dim or width, "experts")
+        self.experts.build((self.num_experts, None, width))
+
+    def _mlp(self, num_experts: int, output_dim: int, name: str) -> ExpertMLP:
+        return ExpertMLP(
+            num_experts,
+            (self.hidden_dim or output_dim, output_dim),
+            self.activation,
+            gated=_NAMED_EXPERTS.get(self._experts_name or "mlp", False),
+            dropout=self.dropout,
+            use_bias=self.use_bias,
+            kernel_initializer=self.kernel_initializer,
+            bias_initializer=self.bias_initializer,
+            kernel_regularizer=self.kernel_regularizer,
+            bias_regularizer=self.bias_regularizer,
+            kernel_constraint=self.kernel_constraint,
+            bias_constraint=self.bias_constraint,
+            seed=self.seed,
+            name=name,
+            dtype=self.dtype_policy,
+        )
+
+    def _output_width(self, width: int) -> int:
+        if isinstance(self.experts, LayerExperts):
+            return int(self.experts.compute_output_shape((1, None, width))[-1])
+        return self.output_dim or width
+
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
+        width = _checks.token_shape(type(self).__name__, tuple(input_shape))
+        return (*tuple(input_shape)[:-1], self._output_width(width))
+
+    def _output_spec(self, inputs: Tensor, mask: Tensor | None) -> Tensor:
+        if mask is not None:
+            _checks.mask_shape(type(self).__name__, inputs, mask)
+        shape = self.compute_output_shape(tuple(inputs.shape))
+        return keras.KerasTensor(shape, dtype=self.compute_dtype)
+
+    def get_config(self) -> Config:
+        config: Config = super().get_config()
+        experts = self._experts_name or keras.saving.serialize_keras_object(self.experts)
+        return {
+            **config,
+            "num_experts": self.num_experts,
+            "hidden_dim": self.hidden_dim,
+            "experts": experts,
+            "output_dim": self.output_dim,
+            "activation": keras.activations.serialize(self.activation),
+            "use_bias": self.use_bias,
+            "dropout": self.dropout,
+            "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
+            "bias_initializer": keras.initializers.serialize(self.bias_initializer),
+            "kernel_regularizer": keras.regularizers.serialize(self.kernel_regularizer),
+            "bias_regularizer": keras.regularizers.serialize(self.bias_regularizer),
+            "kernel_constraint": keras.constraints.serialize(self.kernel_constraint),
+            "bias_constraint": keras.constraints.serialize(self.bias_constraint),
+            "seed": self.seed,
+        }
+
+
+def flat_mask(layer: str, inputs: Tensor, mask: Tensor | None, axes: tuple[Any, ...]) -> Any:
+    """Checks a mask and returns it as bool of shape `axes`, or None."""
+    if mask is None:
+        return None
+    _checks.mask_shape(layer, inputs, mask)
+    return ops.reshape(ops.cast(mask, "bool"), axes)
+
+
+def zero_where_padded(rows: Tensor, mask: Tensor | None) -> Tensor:
+    """Zeros the rows `(..., d)` of padding, which may hold anything: NaN times 0 is NaN."""
+    if mask is None:
+        return rows
+    return ops.where(ops.expand_dims(mask, -1), rows, ops.zeros_like(rows))
+
+
+def entropy_of(logits: Tensor) -> Tensor:
+    """Entropy in nats of softmax(logits) over the last axis."""
+    log_p = ops.log_softmax(logits, axis=-1)
+    return -ops.sum(ops.exp(log_p) * log_p, axis=-1)

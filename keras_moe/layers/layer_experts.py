@@ -1,0 +1,173 @@
+"""Any Keras layer as an expert."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_moe import _checks
+from keras_moe.initializers import reseeded
+from keras_moe.types import Config, Shape, Tensor
+
+# Draws that one block of one expert may take from a seed generator before it meets the next
+# block's; more than any reasonable number of dropout layers in one expert.
+_DRAWS_PER_BLOCK = 64
+
+
+@keras.saving.register_keras_serializable(package="keras_moe")
+class LayerExperts(keras.layers.Layer):
+    """A bank of E separate Keras layers, each applied to its own rows `(rows, d)`.
+
+    The general and slower path: E small calls instead of one batched matmul. An expert must treat
+    rows one by one, as Dense, Dropout or LayerNormalization do: slots and blocks hold empty rows, so
+    what mixes rows (BatchNormalization in training) would see them. State that an expert updates in
+    training is kept with a capacity, but not by dropless dispatch, where one expert's rows come in
+    several blocks.
+
+    Args:
+        experts: A layer, copied E times with weights of its own, or a list of E layers, taken as
+            they are.
+        num_experts: Positive integer, the number of experts E.
+
+    Call arguments:
+        inputs: `(E, C, d)`, or `(1, C, d)` for rows that all experts read, or `(G, B, d)` with
+            `block_experts`.
+        block_experts: Optional int32 `(G,)`, the expert of each block.
+        training: Passed to the experts that take it.
+
+    Output shape:
+        `(E, C, out)`, or `(G, B, out)` with `block_experts`.
+
+    Raises:
+        ValueError: if a list has another length than E, or something in it is not a layer.
+    """
+
+    def __init__(
+        self,
+        experts: keras.layers.Layer | Sequence[keras.layers.Layer],
+        num_experts: int,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.num_experts = _checks.positive_int("num_experts", num_experts)
+        if isinstance(experts, keras.layers.Layer):
+            template = keras.saving.serialize_keras_object(experts)
+            copies = [self._copy(template, expert) for expert in range(num_experts)]
+        else:
+            copies = list(experts)
+        if len(copies) != self.num_experts or not all(
+            isinstance(expert, keras.layers.Layer) for expert in copies
+        ):
+            _checks.fail(
+                f"`experts` must be a Keras layer or a list of num_experts={num_experts} Keras "
+                "layers.",
+                experts=experts,
+            )
+        if len({id(expert) for expert in copies}) != len(copies):
+            _checks.fail(
+                "`experts` must be distinct layers: a repeated one shares its weights.",
+                experts=experts,
+            )
+        self.experts = copies
+
+    @staticmethod
+    def _copy(template: Config, expert: int) -> keras.layers.Layer:
+        copy = keras.saving.deserialize_keras_object(reseeded(template, "experts", expert))
+        copy.name = f"expert_{expert}"
+        return copy
+
+    def build(self, input_shape: Any) -> None:
+        row_shape = (None, *tuple(input_shape)[2:])
+        for expert in self.experts:
+            if not expert.built:
+                expert.build(row_shape)
+
+    def call(
+        self,
+        inputs: Tensor,
+        block_experts: Tensor | None = None,
+        training: bool | None = None,
+    ) -> Tensor:
+        if block_experts is not None:
+            return self._call_blocks(inputs, block_experts, training)
+        is_shared = inputs.shape[0] == 1
+        return ops.stack(
+            [
+                self._call_expert(index, inputs[0 if is_shared else index])
+                for index in range(self.num_experts)
+            ]
+        )
+
+    def _call_expert(self, index: int, rows: Tensor) -> Tensor:
+        return ops.cast(self.experts[index](rows), self.compute_dtype)
+
+    def _call_blocks(self, blocks: Tensor, block_experts: Tensor, training: bool | None) -> Tensor:
+        """Runs one expert per block: a loop over blocks with a switch over experts."""
+        states = [[(v, v.value) for v in expert.variables] for expert in self.experts]
+
+        def branch(index: int) -> Callable[[Tensor, Tensor], Tensor]:
+            def run(rows: Tensor, block: Tensor) -> Tensor:
+                # What a layer updates inside a traced loop must not leak out of it.
+                state = [(v, _state_of_block(v, value, block)) for v, value in states[index]]
+                with keras.StatelessScope(state_mapping=state):
+                    return self._call_expert(index, rows)
+
+            return run
+
+        branches = [branch(index) for index in range(self.num_experts)]
+        count = ops.shape(blocks)[0]
+        outputs = ops.map(
+            lambda item: ops.switch(item[1], branches, item[0], item[2]),
+            (blocks, block_experts, ops.arange(count, dtype="int32")),
+        )
+        if training:
+            for variable in (v for expert in self.experts for v in expert.variables):
+                if _is_seed(variable):
+                    count = ops.cast(count, "int32")
+                    variable.assign(_state_of_block(variable, variable.value, count))
+        return outputs
+
+    def compute_output_spec(
+        self,
+        inputs: Tensor,
+        block_experts: Tensor | None = None,
+        training: bool | None = None,
+    ) -> Tensor:
+        first = self.num_experts if block_experts is None else inputs.shape[0]
+        _, *rest = self.compute_output_shape(tuple(inputs.shape))
+        return keras.KerasTensor((first, *rest), dtype=self.compute_dtype)
+
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
+        _, rows, *width = tuple(input_shape)
+        shapes = {tuple(e.compute_output_shape((rows, *width))) for e in self.experts}
+        if len(shapes) != 1:
+            _checks.fail(
+                "All `experts` must have one output shape.", shapes=sorted(shapes, key=str)
+            )
+        return (self.num_experts, *shapes.pop())
+
+    def get_config(self) -> Config:
+        config: Config = super().get_config()
+        return {
+            **config,
+            "experts": [keras.saving.serialize_keras_object(e) for e in self.experts],
+            "num_experts": self.num_experts,
+        }
+
+    @classmethod
+    def from_config(cls, config: Config) -> "LayerExperts":
+        experts = [keras.saving.deserialize_keras_object(e) for e in config["experts"]]
+        return cls(**{**config, "experts": experts})
+
+
+def _is_seed(variable: Any) -> bool:
+    return bool(variable.name == "seed_generator_state")
+
+
+def _state_of_block(variable: Any, value: Tensor, block: Tensor) -> Tensor:
+    """Gives every block other random numbers: a seed's state is (seed, draws so far)."""
+    if not _is_seed(variable):
+        return value
+    draws = ops.cast(block * _DRAWS_PER_BLOCK, value.dtype)
+    return value + ops.stack([ops.zeros_like(draws), draws])

@@ -1,0 +1,333 @@
+"""Multi-gate mixture of experts for multi-task learning."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_moe import _checks
+from keras_moe.layers.experts import ExpertMLP, checked_units
+from keras_moe.layers.feed_forward import entropy_of, flat_mask, zero_where_padded
+from keras_moe.layers.naming import name_or_default
+from keras_moe.layers.running_sums import RunningSums
+from keras_moe.routers.softmax_gate import SoftmaxGate
+from keras_moe.routing import GateRouting
+from keras_moe.types import (
+    Activation,
+    Config,
+    ConstraintLike,
+    InitializerLike,
+    RegularizerLike,
+    Shape,
+    Tensor,
+)
+
+
+@keras.saving.register_keras_serializable(package="keras_moe")
+class MMoE(keras.layers.Layer):
+    """Experts that all tasks share, and one gate per task that mixes them.
+
+    gates[n,t,:] = softmax(x[n,:] @ kernel[t])
+    y_t[n,:]     = sum_e gates[n,t,e] * expert_e(x[n,:])
+    where expert_e is a multilayer perceptron with the activation on every layer. All experts run as
+    one batched bank and all gates as one matmul, however many there are.
+
+    Args:
+        num_experts: Positive integer, the number of experts E.
+        expert_units: Positive integer or a sequence of them, the width of each expert layer.
+        tasks: Positive integer, for a list of outputs, or a sequence of names, for a dict.
+        activation: Activation of every expert layer. Defaults to `"relu"`.
+        use_bias: Whether experts have biases. Linear gates have none. Defaults to `True`.
+        dropout: Float in [0, 1), dropout after each expert layer. Defaults to `0.0`.
+        gate: `"softmax"`, a config or a `keras_moe.routers.SoftmaxGate`, which then brings its own
+            dropout. Defaults to `"softmax"`.
+        gate_units: Sequence of positive integers, hidden layers of each gate with `activation` and
+            biases; empty for linear gates (the paper's). Defaults to `()`.
+        gate_dropout: Float in [0, 1), the probability that in training an expert is left out of a
+            gate, whose other weights are scaled to sum to 1. Zhao et al. 2019 use 0.1 against gates
+            that settle on one expert. Defaults to `0.0`.
+        kernel_initializer: Initializer of one expert's kernels. Defaults to `"glorot_uniform"`.
+        bias_initializer: Initializer of one expert's biases. Defaults to `"zeros"`.
+        gate_initializer: Initializer of one task's gate kernel. Defaults to `"glorot_uniform"`.
+        kernel_regularizer: Optional regularizer of the experts' kernels. Defaults to `None`.
+        bias_regularizer: Optional regularizer of the experts' biases. Defaults to `None`.
+        gate_regularizer: Optional regularizer of the gates' kernel. Defaults to `None`.
+        kernel_constraint: Optional constraint of the experts' kernels. Defaults to `None`.
+        bias_constraint: Optional constraint of the experts' biases. Defaults to `None`.
+        seed: Optional integer, seed of both dropouts. Defaults to `None`.
+
+    Call arguments:
+        inputs: `(..., d)` of rank 2 or more.
+        mask: Optional bool `(...)`, False at padding, whose outputs are 0.
+        training: Whether dropout and counting are on.
+        return_routing: Whether to return the `keras_moe.GateRouting` too. Defaults to `False`.
+
+    Input shape:
+        `(batch, ..., d)`
+
+    Output shape:
+        `(batch, ..., expert_units[-1])` for each task.
+
+    Returns:
+        A list of outputs, one per task, or a dict where `tasks` are names; with
+        `return_routing=True` also the `GateRouting`, `(batch, ..., tasks, E)`.
+
+    Raises:
+        ValueError: on sizes that are not positive, repeated task names, an unknown gate, inputs of
+            rank 1, or a mask that has not one entry per token.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from keras_moe import layers
+    >>> layer = layers.MMoE(num_experts=8, expert_units=[64, 32], tasks=["click", "like"])
+    >>> outputs = layer(np.zeros((4, 16), "float32"))
+    >>> {task: tuple(output.shape) for task, output in outputs.items()}
+    {'click': (4, 32), 'like': (4, 32)}
+
+    Reference:
+        Ma et al. 2018, "Modeling Task Relationships in Multi-task Learning with Multi-gate
+        Mixture-of-Experts", section 4.2.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        expert_units: int | Sequence[int],
+        tasks: int | Sequence[str],
+        *,
+        activation: Activation = "relu",
+        use_bias: bool = True,
+        dropout: float = 0.0,
+        gate: Any = "softmax",
+        gate_units: Sequence[int] = (),
+        gate_dropout: float = 0.0,
+        kernel_initializer: InitializerLike = "glorot_uniform",
+        bias_initializer: InitializerLike = "zeros",
+        gate_initializer: InitializerLike = "glorot_uniform",
+        kernel_regularizer: RegularizerLike = None,
+        bias_regularizer: RegularizerLike = None,
+        gate_regularizer: RegularizerLike = None,
+        kernel_constraint: ConstraintLike = None,
+        bias_constraint: ConstraintLike = None,
+        seed: int | None = None,
+        name: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(name=name_or_default(name, "mmoe"), **kwargs)
+        self.num_experts = _checks.positive_int("num_experts", num_experts)
+        self.expert_units = checked_units("expert_units", expert_units)
+        self.tasks = _checked_tasks(tasks)
+        self.num_tasks = self.tasks if isinstance(self.tasks, int) else len(self.tasks)
+        self.gate_units = checked_units("gate_units", gate_units) if gate_units else ()
+        self.gate_dropout = _checks.share("gate_dropout", gate_dropout)
+        self.gate_initializer = keras.initializers.get(gate_initializer)
+        self.gate_regularizer = keras.regularizers.get(gate_regularizer)
+        self.seed = seed
+        self.supports_masking = True
+        bank_arguments: dict[str, Any] = {
+            "activation": activation,
+            "activate_last": True,
+            "dropout": dropout,
+            "kernel_initializer": kernel_initializer,
+            "bias_initializer": bias_initializer,
+            "kernel_regularizer": kernel_regularizer,
+            "bias_regularizer": bias_regularizer,
+            "kernel_constraint": kernel_constraint,
+            "bias_constraint": bias_constraint,
+            "seed": seed,
+            "dtype": self.dtype_policy,
+        }
+        self.experts = ExpertMLP(
+            self.num_experts,
+            self.expert_units,
+            use_bias=use_bias,
+            name="experts",
+            **bank_arguments,
+        )
+        self.gate_hidden: ExpertMLP | None = None
+        if self.gate_units:
+            bank_arguments["dropout"] = 0.0
+            self.gate_hidden = ExpertMLP(
+                self.num_tasks, self.gate_units, name="gate_hidden", **bank_arguments
+            )
+        self._gate_argument = gate
+        self.gates = self._gates(gate)
+
+    def _gates(self, gate: Any) -> SoftmaxGate:
+        if gate == "softmax":
+            return SoftmaxGate(
+                self.num_experts,
+                self.num_tasks,
+                dropout=self.gate_dropout,
+                kernel_initializer=self.gate_initializer,
+                kernel_regularizer=self.gate_regularizer,
+                seed=self.seed,
+                name="gates",
+            )
+        if isinstance(gate, dict):
+            gate = keras.saving.deserialize_keras_object(gate)
+        if not isinstance(gate, SoftmaxGate):
+            _checks.fail("`gate` must be one of ['softmax'] or a `SoftmaxGate`.", gate=gate)
+        if (gate.num_experts, gate.num_tasks) != (self.num_experts, self.num_tasks):
+            _checks.fail(
+                f"`gate` must have num_experts={self.num_experts}, num_tasks={self.num_tasks}.",
+                **{"gate.num_experts": gate.num_experts, "gate.num_tasks": gate.num_tasks},
+            )
+        if not gate.built:
+            gate.name = "gates"  # layouts and checkpoints rely on `gates/kernel`
+        return gate
+
+    def build(self, input_shape: Any) -> None:
+        width = _checks.token_shape("MMoE", tuple(input_shape))
+        self.experts.build((1, None, width))
+        if self.gate_hidden is not None:
+            self.gate_hidden.build((1, None, width))
+            self.gates.build((self.num_tasks, None, self.gate_units[-1]))
+        else:
+            self.gates.build((None, width))
+        self._gate_mass = RunningSums(self, "gate_mass", (self.num_tasks, self.num_experts))
+        self._gate_entropy = RunningSums(self, "gate_entropy", (self.num_tasks,))
+        self._decisions = RunningSums(self, "decisions")
+
+    def call(
+        self,
+        inputs: Tensor,
+        mask: Tensor | None = None,
+        training: bool | None = None,
+        return_routing: bool = False,
+    ) -> Any:
+        token_axes = ops.shape(inputs)[:-1]
+        token_mask = flat_mask("MMoE", inputs, mask, (-1,))
+        tokens = ops.reshape(inputs, (-1, inputs.shape[-1]))
+        tokens = zero_where_padded(tokens, token_mask)
+        shared = ops.expand_dims(tokens, 0)  # read by every expert
+
+        expert_outputs = self.experts(shared, training=training)  # (e, n, out)
+        gate_inputs = tokens if self.gate_hidden is None else self.gate_hidden(shared)
+        routing = self.gates(gate_inputs, training=training)
+        if training:
+            self._count(routing, token_mask)
+        mixed = ops.matmul(
+            ops.cast(routing.weights, self.compute_dtype),
+            ops.transpose(expert_outputs, (1, 0, 2)),
+        )  # (n, t, e) @ (n, e, out)
+        if token_mask is not None:
+            mixed = ops.where(token_mask[:, None, None], mixed, ops.zeros_like(mixed))
+
+        units = self.expert_units[-1]
+        outputs = [
+            ops.reshape(mixed[:, task], (*token_axes, units)) for task in range(self.num_tasks)
+        ]
+        if not return_routing:
+            return self._by_task(outputs)
+        axes = (*token_axes, self.num_tasks, self.num_experts)
+        return self._by_task(outputs), GateRouting(*(ops.reshape(part, axes) for part in routing))
+
+    def _by_task(self, outputs: list[Tensor]) -> list[Tensor] | dict[str, Tensor]:
+        if isinstance(self.tasks, int):
+            return outputs
+        return dict(zip(self.tasks, outputs, strict=True))
+
+    def compute_mask(self, inputs: Tensor, previous_mask: Tensor | None = None) -> Any:
+        """Every task's output keeps the mask of the inputs."""
+        if previous_mask is None:
+            return None
+        return self._by_task([previous_mask] * self.num_tasks)
+
+    def _count(self, routing: GateRouting, mask: Tensor | None) -> None:
+        entropy = entropy_of(routing.logits)  # (n, t)
+        weights = routing.weights
+        is_token = ops.ones_like(entropy[:, :1]) if mask is None else mask[:, None]
+        is_token = ops.cast(is_token, "float32")
+        self._gate_mass.add(ops.sum(weights * ops.expand_dims(is_token, -1), axis=0))
+        self._gate_entropy.add(ops.sum(entropy * is_token, axis=0))
+        self._decisions.add(ops.sum(is_token))
+
+    def running_counts(self) -> dict[str, Any]:
+        """What was counted in training since the last reset.
+
+        Returns:
+            A dict of float64 arrays, padding excluded: `load (tasks, E)`, each task's gate weight
+            per expert; `decisions`, the tokens or examples; `entropy (tasks,)`, the sum over them
+            of each gate's entropy in nats.
+        """
+        return {
+            "load": self._gate_mass.read(),
+            "decisions": self._decisions.read(),
+            "entropy": self._gate_entropy.read(),
+        }
+
+    def reset_running_counts(self) -> None:
+        """Starts the running counts again from 0."""
+        for sums in (self._gate_mass, self._gate_entropy, self._decisions):
+            sums.reset()
+
+    def compute_output_shape(self, input_shape: Shape) -> Any:
+        _checks.token_shape("MMoE", tuple(input_shape))
+        shape = (*tuple(input_shape)[:-1], self.expert_units[-1])
+        return self._by_task([shape] * self.num_tasks)
+
+    def compute_output_spec(
+        self,
+        inputs: Tensor,
+        mask: Tensor | None = None,
+        training: bool | None = None,
+        return_routing: bool = False,
+    ) -> Any:
+        if mask is not None:
+            _checks.mask_shape("MMoE", inputs, mask)
+        _checks.token_shape("MMoE", tuple(inputs.shape))
+        leading = tuple(inputs.shape)[:-1]
+        outputs = self._by_task(
+            [
+                keras.KerasTensor((*leading, self.expert_units[-1]), dtype=self.compute_dtype)
+                for _ in range(self.num_tasks)
+            ]
+        )
+        if not return_routing:
+            return outputs
+        axes = (*leading, self.num_tasks, self.num_experts)
+        return outputs, GateRouting(*(keras.KerasTensor(axes, dtype="float32") for _ in range(2)))
+
+    def get_config(self) -> Config:
+        config: Config = super().get_config()
+        bank = self.experts.get_config()
+        shared = (
+            "activation",
+            "use_bias",
+            "dropout",
+            "kernel_initializer",
+            "bias_initializer",
+            "kernel_regularizer",
+            "bias_regularizer",
+            "kernel_constraint",
+            "bias_constraint",
+        )
+        is_named = isinstance(self._gate_argument, str)
+        return {
+            **config,
+            "num_experts": self.num_experts,
+            "expert_units": list(self.expert_units),
+            "tasks": self.tasks if isinstance(self.tasks, int) else list(self.tasks),
+            **{name: bank[name] for name in shared},
+            "gate": self._gate_argument
+            if is_named
+            else keras.saving.serialize_keras_object(self.gates),
+            "gate_units": list(self.gate_units),
+            "gate_dropout": self.gate_dropout,
+            "gate_initializer": keras.initializers.serialize(self.gate_initializer),
+            "gate_regularizer": keras.regularizers.serialize(self.gate_regularizer),
+            "seed": self.seed,
+        }
+
+
+def _checked_tasks(tasks: Any) -> int | tuple[str, ...]:
+    if isinstance(tasks, str | Mapping) or not isinstance(tasks, Sequence):
+        return _checks.positive_int("tasks", tasks)
+    names = tuple(tasks)
+    is_named = bool(names) and all(isinstance(name, str) and name for name in names)
+    if not is_named or len(set(names)) != len(names):
+        _checks.fail("`tasks` must be a positive integer or distinct names.", tasks=tasks)
+    return names

@@ -1,0 +1,397 @@
+"""The sparse mixture-of-experts layer."""
+
+import math
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_moe import _checks, routers
+from keras_moe.dispatch import Carrier, DispatchPlan, planner
+from keras_moe.layers.experts import ExpertMLP
+from keras_moe.layers.feed_forward import (
+    ExpertFeedForward,
+    entropy_of,
+    flat_mask,
+    zero_where_padded,
+)
+from keras_moe.layers.naming import name_or_default
+from keras_moe.layers.running_sums import RunningSums
+from keras_moe.routing import Routing
+from keras_moe.types import (
+    Activation,
+    Config,
+    ConstraintLike,
+    InitializerLike,
+    RegularizerLike,
+    Tensor,
+)
+
+_LEVELS = ("token", "example")
+_GROUPS = ("batch", "example")
+_ROUNDING = 1e-6  # 1.1 * 10 / 11 must give one slot, not two
+
+
+@keras.saving.register_keras_serializable(package="keras_moe")
+class MoE(ExpertFeedForward):
+    """Sends each token to k of E expert networks and sums their weighted outputs.
+
+    y[n] = sum_j weights[n,j] * expert_{experts[n,j]}(x[n])  (+ sum of shared experts)
+    expert_e(x) = act(x @ kernel_0[e] + bias_0[e]) @ kernel_1[e] + bias_1[e]
+
+    The cost is that of the chosen experts, not of all of them. A dropped token's output is exactly
+    0 (the residual belongs to the block around the layer), a padded one's too.
+
+    Args:
+        num_experts: Positive integer, the number of experts E.
+        hidden_dim: Positive integer, the hidden width h of each expert. Only `None` where `experts`
+            are Keras layers. Defaults to `None`.
+        top_k: Integer between 1 and `num_experts`, the experts per token k. Ignored by routers that
+            fix it: "switch" (1), "dense" (all), or a `Router` object. Defaults to `2`.
+        router: `"top_k"`, `"switch"`, `"dense"`, a config or a `keras_moe.routers.Router`, which
+            then brings its own loss coefficients. Defaults to `"top_k"`.
+        experts: `"mlp"`, `"glu"` (gated hidden layer), a Keras layer that is copied E times, or a
+            list of E Keras layers. Defaults to `"mlp"`.
+        num_shared_experts: Integer of at least 0, experts that every token passes through, added
+            unweighted. Defaults to `0`.
+        capacity_factor: Positive float or None. Slots per expert C =
+            ceil(capacity_factor * k * N / E), N the tokens of the capacity group, padding included;
+            what does not fit is dropped. None drops nothing. Defaults to `None`.
+        eval_capacity_factor: The same at inference; None for the same as in training. Defaults to
+            `None`.
+        output_dim: Positive integer, the output width; None for the inputs' width d. Defaults to
+            `None`.
+        activation: Activation of the experts' hidden layer. Defaults to `"gelu"`.
+        use_bias: Whether experts have biases. The router has none. Defaults to `True`.
+        dropout: Float in [0, 1), dropout after the experts' hidden layer. Defaults to `0.0`.
+        balance_weight: Coefficient of the balance loss, which is 1 at perfect balance. Defaults to
+            `0.01` (Switch).
+        z_loss_weight: Coefficient of the router z-loss. Defaults to `0.001` (ST-MoE).
+        routing_level: `"token"`: each token is routed on its own; `"example"`: one decision per
+            example, from the mean of its unmasked tokens. Defaults to `"token"`.
+        capacity_group: `"batch"` or `"example"`: whether tokens compete for slots in the whole
+            batch or inside their example. Defaults to `"batch"`.
+        dispatch: `"auto"`, `"capacity"`, `"blocks"`, `"dense"`, a config or a
+            `keras_moe.dispatch.Carrier`. Defaults to `"auto"`.
+        kernel_initializer: Initializer of one expert's kernels. Defaults to `"glorot_uniform"`.
+        bias_initializer: Initializer of one expert's biases. Defaults to `"zeros"`.
+        kernel_regularizer: Optional regularizer of the experts' kernels. Defaults to `None`.
+        bias_regularizer: Optional regularizer of the experts' biases. Defaults to `None`.
+        kernel_constraint: Optional constraint of the experts' kernels. Defaults to `None`.
+        bias_constraint: Optional constraint of the experts' biases. Defaults to `None`.
+        seed: Optional integer, seed of dropout and router noise. Defaults to `None`.
+
+    Call arguments:
+        inputs: `(..., d)` of rank 2 or more.
+        mask: Optional bool `(...)`, False at padding, which takes no capacity and no part in losses.
+        training: Whether dropout, noise, the training capacity and counting are on.
+        return_routing: Whether to return the `keras_moe.Routing` too. Defaults to `False`.
+
+    Input shape:
+        `(batch, ..., d)`
+
+    Output shape:
+        `(batch, ..., output_dim)`
+
+    Returns:
+        The outputs, or the outputs and the `Routing` with `return_routing=True`.
+
+    Raises:
+        ValueError: on arguments out of range, an unknown router, experts or dispatch name, inputs
+            of rank 1, or a mask that has not one entry per token.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from keras_moe import layers
+    >>> layer = layers.MoE(num_experts=8, hidden_dim=64, top_k=2)
+    >>> tuple(layer(np.zeros((4, 10, 16), "float32")).shape)
+    (4, 10, 16)
+
+    Reference:
+        Shazeer et al. 2017, "Outrageously Large Neural Networks", section 2; Fedus et al. 2021,
+        "Switch Transformers", section 2 (capacity, balance loss).
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        hidden_dim: int | None = None,
+        *,
+        top_k: int = 2,
+        router: Any = "top_k",
+        experts: Any = "mlp",
+        num_shared_experts: int = 0,
+        capacity_factor: float | None = None,
+        eval_capacity_factor: float | None = None,
+        output_dim: int | None = None,
+        activation: Activation = "gelu",
+        use_bias: bool = True,
+        dropout: float = 0.0,
+        balance_weight: float = 0.01,
+        z_loss_weight: float = 0.001,
+        routing_level: str = "token",
+        capacity_group: str = "batch",
+        dispatch: Any = "auto",
+        kernel_initializer: InitializerLike = "glorot_uniform",
+        bias_initializer: InitializerLike = "zeros",
+        kernel_regularizer: RegularizerLike = None,
+        bias_regularizer: RegularizerLike = None,
+        kernel_constraint: ConstraintLike = None,
+        bias_constraint: ConstraintLike = None,
+        seed: int | None = None,
+        name: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            num_experts,
+            hidden_dim,
+            experts=experts,
+            output_dim=output_dim,
+            activation=activation,
+            use_bias=use_bias,
+            dropout=dropout,
+            kernel_initializer=kernel_initializer,
+            bias_initializer=bias_initializer,
+            kernel_regularizer=kernel_regularizer,
+            bias_regularizer=bias_regularizer,
+            kernel_constraint=kernel_constraint,
+            bias_constraint=bias_constraint,
+            seed=seed,
+            name=name_or_default(name, "moe"),
+            **kwargs,
+        )
+        self.num_shared_experts = _checks.int_at_least("num_shared_experts", num_shared_experts, 0)
+        if self.num_shared_experts and self.hidden_dim is None:
+            _checks.fail(
+                "`hidden_dim` must be a positive integer where there are shared experts.",
+                hidden_dim=None,
+            )
+        self.capacity_factor = _checks.optional(
+            _checks.positive, "capacity_factor", capacity_factor
+        )
+        self.eval_capacity_factor = _checks.optional(
+            _checks.positive, "eval_capacity_factor", eval_capacity_factor
+        )
+        if capacity_factor is None and eval_capacity_factor is not None:
+            _checks.fail(
+                "`eval_capacity_factor` needs a `capacity_factor`; without one the layer drops "
+                "nothing.",
+                eval_capacity_factor=eval_capacity_factor,
+            )
+        self.balance_weight = _checks.non_negative("balance_weight", balance_weight)
+        self.z_loss_weight = _checks.non_negative("z_loss_weight", z_loss_weight)
+        self.routing_level = _checks.one_of("routing_level", routing_level, _LEVELS)
+        self.capacity_group = _checks.one_of("capacity_group", capacity_group, _GROUPS)
+
+        self._router_argument = router
+        self.router = routers.get(
+            router,
+            num_experts=self.num_experts,
+            top_k=top_k,
+            balance_weight=self.balance_weight,
+            z_loss_weight=self.z_loss_weight,
+            seed=seed,
+        )
+        if not self.router.built:
+            self.router.name = "router"  # layouts and checkpoints rely on `router/kernel`
+        self._top_k_argument = top_k
+        self.top_k = self.router.top_k
+        self._dispatch_argument = dispatch
+        self.carrier: Carrier = planner.get(
+            dispatch,
+            num_experts=self.num_experts,
+            top_k=self.top_k,
+            has_capacity=self.capacity_factor is not None,
+        )
+        self.shared_experts: ExpertMLP | None = None
+
+    def build(self, input_shape: Any) -> None:
+        width = _checks.token_shape("MoE", tuple(input_shape))
+        self.router.build((None, width))
+        self._build_experts(width)
+        if self.num_shared_experts:
+            output_dim = self._output_width(width)
+            self.shared_experts = self._mlp(self.num_shared_experts, output_dim, "shared_experts")
+            self.shared_experts.build((1, None, width))
+        self._load = RunningSums(self, "load", (self.num_experts,))
+        self._totals = RunningSums(self, "totals", (4,))  # see `_count`
+
+    # === The forward pass ===
+
+    def call(
+        self,
+        inputs: Tensor,
+        mask: Tensor | None = None,
+        training: bool | None = None,
+        return_routing: bool = False,
+    ) -> Any:
+        token_axes = ops.shape(inputs)[:-1]
+        tokens = ops.reshape(inputs, (-1, inputs.shape[-1]))
+        token_mask = flat_mask("MoE", inputs, mask, (-1,))
+        tokens = zero_where_padded(tokens, token_mask)
+
+        decision, routing = self._route(tokens, token_mask, token_axes, training)
+        for name, weight in self.router.loss_weights.items():
+            if weight:
+                self.add_loss(weight * decision.losses[name])
+
+        outputs, kept = self.carrier(
+            tokens,
+            routing,
+            self.experts,
+            capacity=self._capacity(token_axes, training),
+            groups=token_axes[0] if self.capacity_group == "example" else 1,
+            training=training,
+        )
+        routing = routing._replace(kept=kept)
+        if training:
+            self._count(decision, routing, token_mask)
+        if self.shared_experts is not None:
+            shared = self.shared_experts(ops.expand_dims(tokens, 0), training=training)
+            outputs = outputs + ops.sum(shared, axis=0)
+        outputs = zero_where_padded(outputs, token_mask)
+        outputs = ops.reshape(outputs, (*token_axes, outputs.shape[-1]))
+        if not return_routing:
+            return outputs
+        return outputs, self._returned_routing(decision, routing, token_axes)
+
+    def _route(
+        self, tokens: Tensor, mask: Tensor | None, token_axes: Any, training: bool | None
+    ) -> tuple[Routing, Routing]:
+        """Returns the router's decision, and the same spread over the tokens it holds for."""
+        if self.routing_level == "token":
+            decision = self.router(tokens, mask=mask, training=training)
+            return decision, decision
+        batch = token_axes[0]
+        grouped = ops.reshape(tokens, (batch, -1, tokens.shape[-1]))
+        per_example = ops.shape(grouped)[1]
+        if mask is None:
+            pooled, example_mask = ops.mean(grouped, axis=1), None
+        else:
+            grouped_mask = ops.reshape(mask, (batch, -1))
+            count = ops.sum(ops.cast(grouped_mask, grouped.dtype), axis=1, keepdims=True)
+            pooled = ops.sum(grouped, axis=1) / ops.maximum(count, 1)
+            example_mask = ops.any(grouped_mask, axis=1)
+        decision = self.router(pooled, mask=example_mask, training=training)
+
+        def spread(values: Tensor) -> Tensor:
+            return ops.repeat(values, per_example, axis=0)
+
+        kept = spread(decision.kept)
+        if mask is not None:
+            kept = ops.logical_and(kept, ops.expand_dims(mask, -1))
+        routing = decision._replace(
+            experts=spread(decision.experts), weights=spread(decision.weights), kept=kept
+        )
+        return decision, routing
+
+    def _capacity(self, token_axes: Any, training: bool | None) -> int | Tensor | None:
+        """C = ceil(capacity_factor k N / E), at most N since no token needs an expert twice."""
+        factor = self.capacity_factor
+        if not training and self.eval_capacity_factor is not None:
+            factor = self.eval_capacity_factor
+        if factor is None:
+            return None
+        axes = token_axes if self.capacity_group == "batch" else token_axes[1:]
+        share = factor * self.top_k / self.num_experts
+        if all(isinstance(axis, int) for axis in axes):
+            count = math.prod(axes)
+            return min(math.ceil(share * count - _ROUNDING), count)
+        tokens = ops.prod(ops.stack([ops.cast(axis, "int32") for axis in axes]))
+        slots = ops.cast(ops.ceil(share * ops.cast(tokens, "float64") - _ROUNDING), "int32")
+        return ops.minimum(slots, tokens)
+
+    def _returned_routing(self, decision: Routing, routing: Routing, token_axes: Any) -> Routing:
+        axes = token_axes
+        if self.routing_level == "example":
+            axes = token_axes[:1]
+            # An example is kept by an expert if any of its tokens is.
+            kept = ops.reshape(routing.kept, (token_axes[0], -1, self.top_k))
+            routing = decision._replace(kept=ops.any(kept, axis=1))
+        return routing._replace(
+            experts=ops.reshape(routing.experts, (*axes, self.top_k)),
+            weights=ops.reshape(routing.weights, (*axes, self.top_k)),
+            kept=ops.reshape(routing.kept, (*axes, self.top_k)),
+            logits=ops.reshape(routing.logits, (*axes, self.num_experts)),
+        )
+
+    # === What is seen ===
+
+    def _count(self, decision: Routing, routing: Routing, token_mask: Tensor | None) -> None:
+        entropy = entropy_of(decision.logits)
+        decided = ops.cast(ops.any(decision.kept, axis=-1), "float32")
+        asked = ops.cast(ops.shape(routing.experts)[0] * self.top_k, "float32")
+        if token_mask is not None:
+            asked = ops.sum(ops.cast(token_mask, "float32")) * self.top_k
+        dropped = asked - ops.sum(ops.cast(routing.kept, "float32"))
+        entropy = ops.where(decided > 0, entropy, ops.zeros_like(entropy))
+        self._load.add(decision.load)
+        self._totals.add(ops.stack([asked, dropped, ops.sum(decided), ops.sum(entropy)]))
+
+    def running_counts(self) -> dict[str, Any]:
+        """What was counted in training since the last reset.
+
+        Returns:
+            A dict of float64 arrays, padding excluded: `load (E,)`, the router's assignments per
+            expert before drops; `assignments` and `dropped`, of the tokens; `decisions` of the
+            router (tokens, or examples at that routing level); `entropy`, the sum over decisions
+            of the router's entropy in nats.
+        """
+        names = ("assignments", "dropped", "decisions", "entropy")
+        return {"load": self._load.read(), **dict(zip(names, self._totals.read(), strict=True))}
+
+    def reset_running_counts(self) -> None:
+        """Starts the running counts again from 0."""
+        self._load.reset()
+        self._totals.reset()
+
+    def dispatch_plan(self, n_tokens: int) -> DispatchPlan:
+        """Says which carrier would take `n_tokens` tokens in training, at which cost, and why.
+
+        Args:
+            n_tokens: Positive integer, the tokens of one call.
+        """
+        count = _checks.positive_int("n_tokens", n_tokens)
+        capacity = self._capacity((1, count), training=True)
+        rows = 0 if capacity is None else capacity * self.num_experts
+        return planner.plan(
+            self.carrier, self._dispatch_argument, count, self.num_experts, self.top_k, rows
+        )
+
+    # === Keras ===
+
+    def compute_output_spec(
+        self,
+        inputs: Tensor,
+        mask: Tensor | None = None,
+        training: bool | None = None,
+        return_routing: bool = False,
+    ) -> Any:
+        outputs = self._output_spec(inputs, mask)
+        if not return_routing:
+            return outputs
+        leading = tuple(inputs.shape)[: 1 if self.routing_level == "example" else -1]
+        return outputs, self.router.routing_spec(leading)
+
+    def get_config(self) -> Config:
+        router, dispatch = (
+            argument if isinstance(argument, str) else keras.saving.serialize_keras_object(current)
+            for argument, current in (
+                (self._router_argument, self.router),
+                (self._dispatch_argument, self.carrier),
+            )
+        )
+        return {
+            **super().get_config(),
+            "top_k": self._top_k_argument,
+            "router": router,
+            "num_shared_experts": self.num_shared_experts,
+            "capacity_factor": self.capacity_factor,
+            "eval_capacity_factor": self.eval_capacity_factor,
+            "balance_weight": self.balance_weight,
+            "z_loss_weight": self.z_loss_weight,
+            "routing_level": self.routing_level,
+            "capacity_group": self.capacity_group,
+            "dispatch": dispatch,
+        }

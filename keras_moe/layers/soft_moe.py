@@ -1,0 +1,247 @@
+"""Soft mixture of experts: slots that mix all tokens of a sequence."""
+
+import functools
+import math
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_moe import _checks
+from keras_moe.layers.feed_forward import (
+    ExpertFeedForward,
+    entropy_of,
+    flat_mask,
+    zero_where_padded,
+)
+from keras_moe.layers.naming import name_or_default
+from keras_moe.layers.running_sums import RunningSums
+from keras_moe.routers.soft import SoftRouter
+from keras_moe.routing import SoftRouting
+from keras_moe.types import (
+    Activation,
+    Config,
+    ConstraintLike,
+    InitializerLike,
+    RegularizerLike,
+    Tensor,
+)
+
+
+@keras.saving.register_keras_serializable(package="keras_moe")
+class SoftMoE(ExpertFeedForward):
+    """Mixes the tokens of each sequence into E * P slots, and the slots' outputs into the tokens.
+
+    logits[b,n,e,p] = scale * l2norm(x[b,n,:]) . l2norm(phi[:,e,p])
+    slots[b,e,p,:]  = sum_n softmax_n(logits)[b,n,e,p] x[b,n,:]      (raw tokens)
+    y[b,n,:]        = sum_ep softmax_ep(logits)[b,n,e,p] expert_e(slots[b,e,p,:])
+
+    Nothing is dropped, no loss is needed, and no example sees another. Every token sees the whole
+    sequence, so the layer is not causal: it belongs in encoders.
+
+    Args:
+        num_experts: Positive integer, the number of experts E.
+        hidden_dim: Positive integer, the hidden width h of each expert. Only `None` where `experts`
+            are Keras layers. Defaults to `None`.
+        slots_per_expert: Positive integer, the slots P of each expert. Defaults to `1` (the
+            paper's).
+        experts: `"mlp"`, `"glu"`, a Keras layer that is copied E times, or a list of E Keras
+            layers. Defaults to `"mlp"`.
+        output_dim: Positive integer, the output width; None for the inputs' width d. Defaults to
+            `None`.
+        activation: Activation of the experts' hidden layer. Defaults to `"gelu"`.
+        use_bias: Whether experts have biases. Defaults to `True`.
+        dropout: Float in [0, 1), dropout after the experts' hidden layer. Defaults to `0.0`.
+        phi_initializer: Initializer of `phi`. Defaults to `"lecun_normal"`.
+        scale_initializer: Initializer of the scalar `scale`. Defaults to `"ones"`.
+        kernel_initializer: Initializer of one expert's kernels. Defaults to `"glorot_uniform"`.
+        bias_initializer: Initializer of one expert's biases. Defaults to `"zeros"`.
+        phi_regularizer: Optional regularizer of `phi`. Defaults to `None`.
+        kernel_regularizer: Optional regularizer of the experts' kernels. Defaults to `None`.
+        bias_regularizer: Optional regularizer of the experts' biases. Defaults to `None`.
+        kernel_constraint: Optional constraint of the experts' kernels. Defaults to `None`.
+        bias_constraint: Optional constraint of the experts' biases. Defaults to `None`.
+        seed: Optional integer, seed of dropout. Defaults to `None`.
+
+    Call arguments:
+        inputs: `(batch, ..., d)`; all axes between the first and the last are one sequence. With
+            inputs `(batch, d)` each example is a sequence of one token.
+        mask: Optional bool `(batch, ...)`, False at padding, which enters no slot and gets 0.
+        training: Whether dropout and counting are on.
+        return_routing: Whether to return the `keras_moe.SoftRouting` too. Defaults to `False`.
+
+    Input shape:
+        `(batch, ..., d)`
+
+    Output shape:
+        `(batch, ..., output_dim)`
+
+    Returns:
+        The outputs, or the outputs and the `SoftRouting`, `(batch, tokens, E, P)`, with
+        `return_routing=True`.
+
+    Raises:
+        ValueError: on sizes that are not positive, inputs of rank 1, or a mask that has not one
+            entry per token.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from keras_moe import layers
+    >>> layer = layers.SoftMoE(num_experts=16, hidden_dim=64)
+    >>> tuple(layer(np.zeros((4, 10, 16), "float32")).shape)
+    (4, 10, 16)
+
+    Reference:
+        Puigcerver et al. 2023, "From Sparse to Soft Mixtures of Experts", algorithms 1 and 2.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        hidden_dim: int | None = None,
+        *,
+        slots_per_expert: int = 1,
+        experts: Any = "mlp",
+        output_dim: int | None = None,
+        activation: Activation = "gelu",
+        use_bias: bool = True,
+        dropout: float = 0.0,
+        phi_initializer: InitializerLike = "lecun_normal",
+        scale_initializer: InitializerLike = "ones",
+        kernel_initializer: InitializerLike = "glorot_uniform",
+        bias_initializer: InitializerLike = "zeros",
+        phi_regularizer: RegularizerLike = None,
+        kernel_regularizer: RegularizerLike = None,
+        bias_regularizer: RegularizerLike = None,
+        kernel_constraint: ConstraintLike = None,
+        bias_constraint: ConstraintLike = None,
+        seed: int | None = None,
+        name: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            num_experts,
+            hidden_dim,
+            experts=experts,
+            output_dim=output_dim,
+            activation=activation,
+            use_bias=use_bias,
+            dropout=dropout,
+            kernel_initializer=kernel_initializer,
+            bias_initializer=bias_initializer,
+            kernel_regularizer=kernel_regularizer,
+            bias_regularizer=bias_regularizer,
+            kernel_constraint=kernel_constraint,
+            bias_constraint=bias_constraint,
+            seed=seed,
+            name=name_or_default(name, "soft_moe"),
+            **kwargs,
+        )
+        self.slots_per_expert = _checks.positive_int("slots_per_expert", slots_per_expert)
+        self.phi_initializer = keras.initializers.get(phi_initializer)
+        self.scale_initializer = keras.initializers.get(scale_initializer)
+        self.phi_regularizer = keras.regularizers.get(phi_regularizer)
+        self.router = SoftRouter(
+            self.num_experts,
+            self.slots_per_expert,
+            phi_initializer=self.phi_initializer,
+            scale_initializer=self.scale_initializer,
+            phi_regularizer=self.phi_regularizer,
+            name="router",
+        )
+
+    def build(self, input_shape: Any) -> None:
+        width = _checks.token_shape("SoftMoE", tuple(input_shape))
+        self.router.build((None, None, width))
+        self._build_experts(width)
+        self._load = RunningSums(self, "load", (self.num_experts,))
+        self._totals = RunningSums(self, "totals", (2,))  # decisions, entropy
+
+    def call(
+        self,
+        inputs: Tensor,
+        mask: Tensor | None = None,
+        training: bool | None = None,
+        return_routing: bool = False,
+    ) -> Any:
+        token_axes, width = ops.shape(inputs)[:-1], inputs.shape[-1]
+        batch, count = token_axes[0], _product(token_axes[1:])
+        tokens = ops.reshape(inputs, (batch, count, width))
+        token_mask = flat_mask("SoftMoE", inputs, mask, (batch, count))
+        tokens = zero_where_padded(tokens, token_mask)
+
+        routing = self.router(tokens, mask=token_mask)
+        slots = (self.num_experts, batch * self.slots_per_expert)
+        dispatch, combine = (
+            ops.reshape(ops.cast(weights, self.compute_dtype), (batch, count, -1))
+            for weights in (routing.dispatch, routing.combine)
+        )
+        mixed = ops.matmul(ops.transpose(dispatch, (0, 2, 1)), tokens)  # (b, e p, d)
+        mixed = ops.reshape(mixed, (batch, *self._slot_axes, width))
+        mixed = ops.reshape(ops.transpose(mixed, (1, 0, 2, 3)), (*slots, width))
+        outputs = self.experts(mixed, training=training)
+        output_dim = outputs.shape[-1]
+        outputs = ops.reshape(outputs, (self.num_experts, batch, self.slots_per_expert, output_dim))
+        outputs = ops.reshape(ops.transpose(outputs, (1, 0, 2, 3)), (batch, -1, output_dim))
+        outputs = zero_where_padded(ops.matmul(combine, outputs), token_mask)
+        if training:
+            self._count(routing, token_mask)
+        outputs = ops.reshape(outputs, (*token_axes, output_dim))
+        return (outputs, routing) if return_routing else outputs
+
+    @property
+    def _slot_axes(self) -> tuple[int, int]:
+        return self.num_experts, self.slots_per_expert
+
+    def _count(self, routing: SoftRouting, mask: Tensor | None) -> None:
+        shape = ops.shape(routing.combine)
+        num_slots = self.num_experts * self.slots_per_expert
+        entropy = entropy_of(ops.reshape(routing.logits, (shape[0], shape[1], num_slots)))
+        mass = ops.sum(routing.combine, axis=-1)
+        is_token = ops.ones_like(entropy) if mask is None else ops.cast(mask, "float32")
+        self._load.add(ops.sum(mass * ops.expand_dims(is_token, -1), axis=(0, 1)))
+        self._totals.add(ops.stack([ops.sum(is_token), ops.sum(entropy * is_token)]))
+
+    def running_counts(self) -> dict[str, Any]:
+        """What was counted in training since the last reset.
+
+        Returns:
+            A dict of float64 arrays, padding excluded: `load (E,)`, the tokens' combine weight per
+            expert; `decisions`, the tokens; `entropy`, the sum over them of the entropy of their
+            combine weights over all slots, in nats.
+        """
+        decisions, entropy = self._totals.read()
+        return {"load": self._load.read(), "decisions": decisions, "entropy": entropy}
+
+    def reset_running_counts(self) -> None:
+        """Starts the running counts again from 0."""
+        self._load.reset()
+        self._totals.reset()
+
+    def compute_output_spec(
+        self,
+        inputs: Tensor,
+        mask: Tensor | None = None,
+        training: bool | None = None,
+        return_routing: bool = False,
+    ) -> Any:
+        outputs = self._output_spec(inputs, mask)
+        if not return_routing:
+            return outputs
+        batch, *axes, _ = tuple(inputs.shape)
+        count = None if None in axes else math.prod(axes)
+        return outputs, self.router.routing_spec((batch, count))
+
+    def get_config(self) -> Config:
+        return {
+            **super().get_config(),
+            "slots_per_expert": self.slots_per_expert,
+            "phi_initializer": keras.initializers.serialize(self.phi_initializer),
+            "scale_initializer": keras.initializers.serialize(self.scale_initializer),
+            "phi_regularizer": keras.regularizers.serialize(self.phi_regularizer),
+        }
+
+
+def _product(axes: Any) -> Any:
+    return functools.reduce(lambda a, b: a * b, axes, 1)

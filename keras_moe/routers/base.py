@@ -1,0 +1,173 @@
+"""The contract of routers."""
+
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_moe import _checks
+from keras_moe.initializers import FiniteInitializer
+from keras_moe.routers import losses
+from keras_moe.routing import Routing
+from keras_moe.types import Config, ConstraintLike, InitializerLike, RegularizerLike, Tensor
+
+
+class Router(keras.layers.Layer):
+    """Base of token-choice routers: tokens `(N, d)` in, a `Routing` out.
+
+    logits = tokens @ kernel, in float32 whatever the dtype policy (there is no bias). A subclass
+    says in `choose` which experts a row of logits goes to, and with which weights; losses, load and
+    padding are handled here, and every carrier, expert kind and metric works with the result.
+
+    Args:
+        num_experts: Positive integer, the experts E to choose from.
+        top_k: Integer between 1 and `num_experts`, the experts k each token goes to.
+        jitter: Float in [0, 1). In training the router's inputs (never the experts') are
+            multiplied by noise drawn from U(1 - jitter, 1 + jitter). Defaults to `0.0`.
+        balance_weight: Coefficient of the balance loss. Defaults to `0.01`.
+        z_loss_weight: Coefficient of the router z-loss. Defaults to `0.001`.
+        kernel_initializer: Initializer of the `(d, E)` kernel. Defaults to `None`, a normal
+            distribution of standard deviation 0.02 (flaxformer's setting for Switch).
+        kernel_regularizer: Optional regularizer of the kernel. Defaults to `None`.
+        kernel_constraint: Optional constraint of the kernel. Defaults to `None`.
+        seed: Optional integer, seed of the jitter. Defaults to `None`.
+
+    Call arguments:
+        inputs: `(N, d)` tokens.
+        mask: bool `(N,)`, False at padding, or None.
+        training: Whether jitter is on.
+
+    Returns:
+        A `keras_moe.Routing` of shape `(N, k)`.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        top_k: int,
+        *,
+        jitter: float = 0.0,
+        balance_weight: float = 0.01,
+        z_loss_weight: float = 0.001,
+        kernel_initializer: InitializerLike = None,
+        kernel_regularizer: RegularizerLike = None,
+        kernel_constraint: ConstraintLike = None,
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        kwargs["dtype"] = "float32"  # bfloat16 logits change the choice of 1 to 5 % of tokens
+        super().__init__(**kwargs)
+        self.num_experts = _checks.positive_int("num_experts", num_experts)
+        self.top_k = _checks.int_between("top_k", top_k, 1, self.num_experts, "num_experts")
+        self.jitter = _checks.share("jitter", jitter)
+        self.balance_weight = _checks.non_negative("balance_weight", balance_weight)
+        self.z_loss_weight = _checks.non_negative("z_loss_weight", z_loss_weight)
+        self.kernel_initializer = keras.initializers.get(
+            keras.initializers.RandomNormal(stddev=0.02)
+            if kernel_initializer is None
+            else kernel_initializer
+        )
+        self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
+        self.kernel_constraint = keras.constraints.get(kernel_constraint)
+        self.seed = seed
+        self.seed_generator = keras.random.SeedGenerator(seed) if self.jitter else None
+        self.supports_masking = True
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """Coefficient of each entry of `Routing.losses`."""
+        return {"balance": self.balance_weight, "z_loss": self.z_loss_weight}
+
+    def build(self, input_shape: Any) -> None:
+        width = _checks.token_shape(type(self).__name__, tuple(input_shape))
+        self.kernel = self.add_weight(
+            name="kernel",
+            shape=(width, self.num_experts),
+            initializer=FiniteInitializer(self.kernel_initializer, "router/kernel"),
+            regularizer=self.kernel_regularizer,
+            constraint=self.kernel_constraint,
+        )
+
+    def choose(self, logits: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the chosen experts, int32 `(N, k)`, and their weights, float32 `(N, k)`.
+
+        Args:
+            logits: float32 `(N, E)`.
+            probabilities: float32 `(N, E)`, softmax of the logits.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must implement `choose`.")
+
+    def call(
+        self, inputs: Tensor, mask: Tensor | None = None, training: bool | None = None
+    ) -> Routing:
+        logits = ops.matmul(self._jittered(inputs) if training else inputs, self.kernel)
+        probabilities = ops.softmax(logits, axis=-1)
+        experts, weights = self.choose(logits, probabilities)
+        kept = ops.ones_like(experts, dtype="bool")
+        if mask is not None:
+            kept = ops.logical_and(kept, ops.expand_dims(mask, -1))
+        load = ops.segment_sum(
+            ops.reshape(ops.cast(kept, "float32"), (-1,)),
+            ops.reshape(experts, (-1,)),
+            num_segments=self.num_experts,
+        )
+        return Routing(
+            experts=experts,
+            weights=weights,
+            kept=kept,
+            logits=logits,
+            load=load,
+            losses={
+                "balance": losses.balance_loss(probabilities, load, self.top_k, mask),
+                "z_loss": losses.z_loss(logits, mask),
+            },
+        )
+
+    def compute_output_spec(
+        self, inputs: Tensor, mask: Tensor | None = None, training: bool | None = None
+    ) -> Routing:
+        del mask, training
+        return self.routing_spec(tuple(inputs.shape)[:-1])
+
+    def routing_spec(self, leading: tuple[int | None, ...]) -> Routing:
+        """The `Routing` of symbolic tensors whose token axes are `leading`."""
+
+        def spec(last: int, dtype: str) -> Tensor:
+            return keras.KerasTensor((*leading, last), dtype=dtype)
+
+        return Routing(
+            experts=spec(self.top_k, "int32"),
+            weights=spec(self.top_k, "float32"),
+            kept=spec(self.top_k, "bool"),
+            logits=spec(self.num_experts, "float32"),
+            load=keras.KerasTensor((self.num_experts,), dtype="float32"),
+            losses={name: keras.KerasTensor((), dtype="float32") for name in self.loss_weights},
+        )
+
+    def _jittered(self, tokens: Tensor) -> Tensor:
+        """Multiplies by U(1 - jitter, 1 + jitter), Switch Transformers section 2.2 and its code."""
+        if self.seed_generator is None:
+            return tokens
+        noise = keras.random.uniform(
+            ops.shape(tokens),
+            1.0 - self.jitter,
+            1.0 + self.jitter,
+            dtype="float32",
+            seed=self.seed_generator,
+        )
+        return tokens * noise
+
+    def get_config(self) -> Config:
+        config: Config = super().get_config()
+        return {
+            **config,
+            "num_experts": self.num_experts,
+            "top_k": self.top_k,
+            "jitter": self.jitter,
+            "balance_weight": self.balance_weight,
+            "z_loss_weight": self.z_loss_weight,
+            "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
+            "kernel_regularizer": keras.regularizers.serialize(self.kernel_regularizer),
+            "kernel_constraint": keras.constraints.serialize(self.kernel_constraint),
+            "seed": self.seed,
+        }

@@ -1,0 +1,55 @@
+"""The record that passes from a router to a carrier: who goes where, with which weight."""
+
+from typing import NamedTuple
+
+from keras_moe.types import Tensor
+
+
+class Routing(NamedTuple):
+    """What a token-choice router decided. A keras tree, so it survives `jit` and `Model`.
+
+    Routers and carriers see flat tokens, `(N, ...)`. A layer called with `return_routing=True`
+    returns the record with the token axes of its inputs, `(batch, ..., k)`, or `(batch, k)` where
+    it routes whole examples.
+
+    Attributes:
+        experts: int32 `(N, k)`, the chosen experts, best first.
+        weights: float32 `(N, k)`, the weight of each chosen expert's output.
+        kept: bool `(N, k)`, False for padding and for assignments dropped for lack of capacity.
+        logits: float32 `(N, E)`, the router's raw scores.
+        load: float32 `(E,)`, assignments per expert, padding excluded, counted before drops.
+        losses: the auxiliary losses by name, float32 scalars before their coefficients.
+    """
+
+    experts: Tensor
+    weights: Tensor
+    kept: Tensor
+    logits: Tensor
+    load: Tensor
+    losses: dict[str, Tensor]
+
+
+class SoftRouting(NamedTuple):
+    """The mixing weights of `SoftMoE`, `(batch, tokens, E, P)` each, all float32.
+
+    Attributes:
+        dispatch: the share of each token in each slot's input; sums to 1 over the tokens.
+        combine: the share of each slot's output in each token; sums to 1 over all slots.
+        logits: the scores both are a softmax of.
+    """
+
+    dispatch: Tensor
+    combine: Tensor
+    logits: Tensor
+
+
+class GateRouting(NamedTuple):
+    """The gates of a multi-gate layer.
+
+    Attributes:
+        weights: `(..., tasks, E)`, what each task takes of each expert; sums to 1 over experts.
+        logits: `(..., tasks, E)`, the scores before the softmax.
+    """
+
+    weights: Tensor
+    logits: Tensor
