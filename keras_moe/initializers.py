@@ -15,7 +15,7 @@ from keras_moe import _checks
 from keras_moe.types import Config, InitializerLike, Tensor
 
 
-class FiniteInitializer(keras.initializers.Initializer):  # type: ignore[misc]
+class FiniteInitializer(keras.initializers.Initializer):
     """Calls another initializer and fails if it yields NaN or Inf, before training does.
 
     Args:
@@ -48,7 +48,7 @@ class FiniteInitializer(keras.initializers.Initializer):  # type: ignore[misc]
         }
 
 
-class PerExpertInitializer(keras.initializers.Initializer):  # type: ignore[misc]
+class PerExpertInitializer(keras.initializers.Initializer):
     """Draws each expert's slice of an `(E, ...)` weight on its own, with its own fans and seed.
 
     Args:

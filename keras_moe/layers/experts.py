@@ -230,9 +230,8 @@ class ExpertMLP(keras.layers.Layer):
 
 def checked_units(name: str, units: Any) -> tuple[int, ...]:
     """Returns layer widths as a tuple of positive integers."""
-    widths = (
-        tuple(units) if isinstance(units, Sequence) and not isinstance(units, str) else (units,)
-    )
+    is_sequence = isinstance(units, Sequence) and not isinstance(units, str)
+    widths = tuple(units) if is_sequence else (units,)
     if not widths:
         _checks.fail(f"`{name}` must name at least one layer width.", **{name: units})
     return tuple(_checks.positive_int(name, width) for width in widths)

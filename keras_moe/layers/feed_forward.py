@@ -135,7 +135,8 @@ class ExpertFeedForward(keras.layers.Layer):
 
     def _output_width(self, width: int) -> int:
         if isinstance(self.experts, LayerExperts):
-            return int(self.experts.compute_output_shape((1, None, width))[-1])
+            output_shape: tuple[Any, ...] = self.experts.compute_output_shape((1, None, width))
+            return int(output_shape[-1])
         return self.output_dim or width
 
     def compute_output_shape(self, input_shape: Shape) -> Shape:

@@ -20,10 +20,10 @@ class LayerExperts(keras.layers.Layer):
     """A bank of E separate Keras layers, each applied to its own rows `(rows, d)`.
 
     The general and slower path: E small calls instead of one batched matmul. An expert must treat
-    rows one by one, as Dense, Dropout or LayerNormalization do: slots and blocks hold empty rows, so
-    what mixes rows (BatchNormalization in training) would see them. State that an expert updates in
-    training is kept with a capacity, but not by dropless dispatch, where one expert's rows come in
-    several blocks.
+    rows one by one, as Dense, Dropout or LayerNormalization do: slots and blocks hold empty rows,
+    so what mixes rows (BatchNormalization in training) would see them. What an expert updates or
+    adds as a loss in its `call` is kept with a capacity, but not by dropless dispatch, where one
+    expert's rows come in several blocks.
 
     Args:
         experts: A layer, copied E times with weights of its own, or a list of E layers, taken as

@@ -83,7 +83,8 @@ class MoE(ExpertFeedForward):
 
     Call arguments:
         inputs: `(..., d)` of rank 2 or more.
-        mask: Optional bool `(...)`, False at padding, which takes no capacity and no part in losses.
+        mask: Optional bool `(...)`, False at padding, which takes no capacity and no part in
+            losses.
         training: Whether dropout, noise, the training capacity and counting are on.
         return_routing: Whether to return the `keras_moe.Routing` too. Defaults to `False`.
 

@@ -11,8 +11,8 @@ def select_top_k(scores: Tensor, top_k: int) -> Tensor:
     """Indices of the k largest scores of each row, best first, ties to the lowest index.
 
     `ops.top_k` breaks ties in an arbitrary order on torch, and its JAX lowering exports a
-    SavedModel that TensorFlow cannot load; k rounds of `argmax` do neither. A NaN never wins, so the
-    chosen experts of a row are always distinct and in range.
+    SavedModel that TensorFlow cannot load; k rounds of `argmax` do neither. A NaN never wins, so
+    the chosen experts of a row are always distinct and in range.
 
     Args:
         scores: float32 `(N, E)`.
