@@ -70,11 +70,13 @@ class PerExpertInitializer(keras.initializers.Initializer):
             ]
         )
 
-    def _of_expert(self, expert: int) -> InitializerLike:
-        if not isinstance(self.initializer, keras.initializers.Initializer):
-            return self.initializer
-        config = reseeded(self.initializer.get_config(), self.weight, expert)
-        return type(self.initializer).from_config(config)
+    def _of_expert(self, expert: int) -> FiniteInitializer:
+        initializer = self.initializer
+        if isinstance(initializer, keras.initializers.Initializer):
+            config = initializer.get_config()
+            if "seed" in config:  # one instance draws the same numbers at every call
+                initializer = type(initializer).from_config(reseeded(config, self.weight, expert))
+        return FiniteInitializer(initializer, self.weight)
 
     def get_config(self) -> Config:
         return {

@@ -77,8 +77,8 @@ class BlocksCarrier(Carrier):
 
 
 def blocks_needed(total: int | Tensor, num_experts: int, block_size: int) -> int | Tensor:
-    """The most blocks that `total` assignments to `num_experts` experts can fill."""
+    """The most blocks that `total` assignments to `num_experts` experts can fill, at least one."""
     bound = (total + num_experts * (block_size - 1)) // block_size
     if isinstance(total, int):
-        return min(total, bound)
-    return ops.minimum(total, bound)
+        return max(min(total, bound), 1)
+    return ops.maximum(ops.minimum(total, bound), 1)

@@ -1,5 +1,6 @@
 """The stacked bank of expert networks."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,7 +8,7 @@ import keras
 from keras import ops
 
 from keras_moe import _checks
-from keras_moe.initializers import FiniteInitializer, PerExpertInitializer
+from keras_moe.initializers import PerExpertInitializer
 from keras_moe.layers.naming import name_or_default
 from keras_moe.types import (
     Activation,
@@ -129,9 +130,7 @@ class ExpertMLP(keras.layers.Layer):
         return self.add_weight(
             name=name,
             shape=(self.num_experts, width, units),
-            initializer=PerExpertInitializer(
-                FiniteInitializer(self.kernel_initializer, f"experts/{name}"), name
-            ),
+            initializer=PerExpertInitializer(self.kernel_initializer, f"experts/{name}"),
             regularizer=self.kernel_regularizer,
             constraint=self.kernel_constraint,
         )
@@ -142,9 +141,7 @@ class ExpertMLP(keras.layers.Layer):
         return self.add_weight(
             name=name,
             shape=(self.num_experts, units),
-            initializer=PerExpertInitializer(
-                FiniteInitializer(self.bias_initializer, f"experts/{name}"), name
-            ),
+            initializer=PerExpertInitializer(self.bias_initializer, f"experts/{name}"),
             regularizer=self.bias_regularizer,
             constraint=self.bias_constraint,
         )
@@ -178,8 +175,8 @@ class ExpertMLP(keras.layers.Layer):
     ) -> Tensor:
         """Multiplies each batch of rows with its expert's kernel, or each block with its own."""
         if block_experts is not None:
-            kernel = ops.take(kernel, block_experts, axis=0)
-            bias = None if bias is None else ops.take(bias, block_experts, axis=0)
+            kernel = _take_experts(kernel, block_experts)
+            bias = None if bias is None else _take_experts(bias, block_experts)
         outputs = ops.matmul(rows, kernel)
         return outputs if bias is None else outputs + ops.expand_dims(bias, 1)
 
@@ -226,6 +223,16 @@ class ExpertMLP(keras.layers.Layer):
             "bias_constraint": keras.constraints.serialize(self.bias_constraint),
             "seed": self.seed,
         }
+
+
+def _take_experts(bank: Tensor, experts: Tensor) -> Tensor:
+    """The weights of `experts`, one slice for each, with repeats.
+
+    Taken through a reshape, whose gradient is dense: `take` alone gives TensorFlow sparse gradients
+    with repeated rows, which Keras's Adam (3.15.1) squares one by one before it adds them.
+    """
+    rows = ops.reshape(bank, (bank.shape[0], math.prod(bank.shape[1:])))
+    return ops.reshape(ops.take(rows, experts, axis=0), (-1, *bank.shape[1:]))
 
 
 def checked_units(name: str, units: Any) -> tuple[int, ...]:

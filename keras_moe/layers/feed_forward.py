@@ -1,5 +1,6 @@
 """What `MoE` and `SoftMoE` share: a bank of feed-forward experts and its arguments."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from keras import ops
 from keras_moe import _checks
 from keras_moe.layers.experts import ExpertMLP
 from keras_moe.layers.layer_experts import LayerExperts
+from keras_moe.layers.sublayers import build_once, config_of
 from keras_moe.types import (
     Activation,
     Config,
@@ -112,7 +114,7 @@ class ExpertFeedForward(keras.layers.Layer):
     def _build_experts(self, width: int) -> None:
         if self.experts is None:
             self.experts = self._mlp(self.num_experts, self.output_dim or width, "experts")
-        self.experts.build((self.num_experts, None, width))
+        build_once(self.experts, (self.num_experts, None, width))
 
     def _mlp(self, num_experts: int, output_dim: int, name: str) -> ExpertMLP:
         return ExpertMLP(
@@ -151,7 +153,7 @@ class ExpertFeedForward(keras.layers.Layer):
 
     def get_config(self) -> Config:
         config: Config = super().get_config()
-        experts = self._experts_name or keras.saving.serialize_keras_object(self.experts)
+        experts = self._experts_name or config_of(self.experts)
         return {
             **config,
             "num_experts": self.num_experts,
@@ -186,7 +188,6 @@ def zero_where_padded(rows: Tensor, mask: Tensor | None) -> Tensor:
     return ops.where(ops.expand_dims(mask, -1), rows, ops.zeros_like(rows))
 
 
-def entropy_of(logits: Tensor) -> Tensor:
-    """Entropy in nats of softmax(logits) over the last axis."""
-    log_p = ops.log_softmax(logits, axis=-1)
-    return -ops.sum(ops.exp(log_p) * log_p, axis=-1)
+def product(axes: Any) -> Any:
+    """The product of sizes, which are integers or, in TensorFlow graphs, tensors."""
+    return functools.reduce(lambda a, b: a * b, axes, 1)

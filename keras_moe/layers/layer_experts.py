@@ -8,6 +8,7 @@ from keras import ops
 
 from keras_moe import _checks
 from keras_moe.initializers import reseeded
+from keras_moe.layers.sublayers import build_once, config_of
 from keras_moe.types import Config, Shape, Tensor
 
 # Draws that one block of one expert may take from a seed generator before it meets the next
@@ -52,7 +53,7 @@ class LayerExperts(keras.layers.Layer):
         super().__init__(**kwargs)
         self.num_experts = _checks.positive_int("num_experts", num_experts)
         if isinstance(experts, keras.layers.Layer):
-            template = keras.saving.serialize_keras_object(experts)
+            template = config_of(experts)
             copies = [self._copy(template, expert) for expert in range(num_experts)]
         else:
             copies = list(experts)
@@ -80,8 +81,7 @@ class LayerExperts(keras.layers.Layer):
     def build(self, input_shape: Any) -> None:
         row_shape = (None, *tuple(input_shape)[2:])
         for expert in self.experts:
-            if not expert.built:
-                expert.build(row_shape)
+            build_once(expert, row_shape)
 
     def call(
         self,
@@ -151,7 +151,7 @@ class LayerExperts(keras.layers.Layer):
         config: Config = super().get_config()
         return {
             **config,
-            "experts": [keras.saving.serialize_keras_object(e) for e in self.experts],
+            "experts": [config_of(expert) for expert in self.experts],
             "num_experts": self.num_experts,
         }
 

@@ -6,11 +6,12 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_moe import _checks
+from keras_moe import _checks, _numerics
 from keras_moe.layers.experts import ExpertMLP, checked_units
-from keras_moe.layers.feed_forward import entropy_of, flat_mask, zero_where_padded
+from keras_moe.layers.feed_forward import flat_mask, zero_where_padded
 from keras_moe.layers.naming import name_or_default
 from keras_moe.layers.running_sums import RunningSums
+from keras_moe.layers.sublayers import build_once, config_of
 from keras_moe.routers.softmax_gate import SoftmaxGate
 from keras_moe.routing import GateRouting
 from keras_moe.types import (
@@ -184,9 +185,9 @@ class MMoE(keras.layers.Layer):
         self.experts.build((1, None, width))
         if self.gate_hidden is not None:
             self.gate_hidden.build((1, None, width))
-            self.gates.build((self.num_tasks, None, self.gate_units[-1]))
+            build_once(self.gates, (self.num_tasks, None, self.gate_units[-1]))
         else:
-            self.gates.build((None, width))
+            build_once(self.gates, (None, width))
         self._gate_mass = RunningSums(self, "gate_mass", (self.num_tasks, self.num_experts))
         self._gate_entropy = RunningSums(self, "gate_entropy", (self.num_tasks,))
         self._decisions = RunningSums(self, "decisions")
@@ -237,7 +238,7 @@ class MMoE(keras.layers.Layer):
         return self._by_task([previous_mask] * self.num_tasks)
 
     def _count(self, routing: GateRouting, mask: Tensor | None) -> None:
-        entropy = entropy_of(routing.logits)  # (n, t)
+        entropy = _numerics.entropy(routing.logits)  # (n, t)
         weights = routing.weights
         is_token = ops.ones_like(entropy[:, :1]) if mask is None else mask[:, None]
         is_token = ops.cast(is_token, "float32")
@@ -312,9 +313,7 @@ class MMoE(keras.layers.Layer):
             "expert_units": list(self.expert_units),
             "tasks": self.tasks if isinstance(self.tasks, int) else list(self.tasks),
             **{name: bank[name] for name in shared},
-            "gate": self._gate_argument
-            if is_named
-            else keras.saving.serialize_keras_object(self.gates),
+            "gate": self._gate_argument if is_named else config_of(self.gates),
             "gate_units": list(self.gate_units),
             "gate_dropout": self.gate_dropout,
             "gate_initializer": keras.initializers.serialize(self.gate_initializer),

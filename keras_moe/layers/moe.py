@@ -6,17 +6,18 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_moe import _checks, routers
+from keras_moe import _checks, _numerics, routers
 from keras_moe.dispatch import Carrier, DispatchPlan, planner
 from keras_moe.layers.experts import ExpertMLP
 from keras_moe.layers.feed_forward import (
     ExpertFeedForward,
-    entropy_of,
     flat_mask,
+    product,
     zero_where_padded,
 )
 from keras_moe.layers.naming import name_or_default
 from keras_moe.layers.running_sums import RunningSums
+from keras_moe.layers.sublayers import build_once, config_of
 from keras_moe.routing import Routing
 from keras_moe.types import (
     Activation,
@@ -209,7 +210,7 @@ class MoE(ExpertFeedForward):
 
     def build(self, input_shape: Any) -> None:
         width = _checks.token_shape("MoE", tuple(input_shape))
-        self.router.build((None, width))
+        build_once(self.router, (None, width))
         self._build_experts(width)
         if self.num_shared_experts:
             output_dim = self._output_width(width)
@@ -264,13 +265,12 @@ class MoE(ExpertFeedForward):
         if self.routing_level == "token":
             decision = self.router(tokens, mask=mask, training=training)
             return decision, decision
-        batch = token_axes[0]
-        grouped = ops.reshape(tokens, (batch, -1, tokens.shape[-1]))
-        per_example = ops.shape(grouped)[1]
+        batch, per_example = token_axes[0], product(token_axes[1:])
+        grouped = ops.reshape(tokens, (batch, per_example, tokens.shape[-1]))
         if mask is None:
             pooled, example_mask = ops.mean(grouped, axis=1), None
         else:
-            grouped_mask = ops.reshape(mask, (batch, -1))
+            grouped_mask = ops.reshape(mask, (batch, per_example))
             count = ops.sum(ops.cast(grouped_mask, grouped.dtype), axis=1, keepdims=True)
             pooled = ops.sum(grouped, axis=1) / ops.maximum(count, 1)
             example_mask = ops.any(grouped_mask, axis=1)
@@ -308,7 +308,7 @@ class MoE(ExpertFeedForward):
         if self.routing_level == "example":
             axes = token_axes[:1]
             # An example is kept by an expert if any of its tokens is.
-            kept = ops.reshape(routing.kept, (token_axes[0], -1, self.top_k))
+            kept = ops.reshape(routing.kept, (token_axes[0], product(token_axes[1:]), self.top_k))
             routing = decision._replace(kept=ops.any(kept, axis=1))
         return routing._replace(
             experts=ops.reshape(routing.experts, (*axes, self.top_k)),
@@ -320,7 +320,7 @@ class MoE(ExpertFeedForward):
     # === What is seen ===
 
     def _count(self, decision: Routing, routing: Routing, token_mask: Tensor | None) -> None:
-        entropy = entropy_of(decision.logits)
+        entropy = _numerics.entropy(decision.logits)
         decided = ops.cast(ops.any(decision.kept, axis=-1), "float32")
         asked = ops.cast(ops.shape(routing.experts)[0] * self.top_k, "float32")
         if token_mask is not None:
@@ -377,7 +377,7 @@ class MoE(ExpertFeedForward):
 
     def get_config(self) -> Config:
         router, dispatch = (
-            argument if isinstance(argument, str) else keras.saving.serialize_keras_object(current)
+            argument if isinstance(argument, str) else config_of(current)
             for argument, current in (
                 (self._router_argument, self.router),
                 (self._dispatch_argument, self.carrier),

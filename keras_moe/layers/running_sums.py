@@ -45,10 +45,10 @@ class RunningSums:
 
     def read(self) -> np.ndarray[Any, np.dtype[np.float64]]:
         """The sums since the last reset, float64."""
-        high, low = np.asarray(ops.convert_to_numpy(self._limbs), dtype=np.float64)
+        high, low = np.asarray(ops.convert_to_numpy(self._limbs.value), dtype=np.float64)
         total: np.ndarray[Any, np.dtype[np.float64]] = np.asarray(high * _BASE + low)
         return total
 
     def reset(self) -> None:
         """Starts again from 0."""
-        self._limbs.assign(ops.zeros_like(self._limbs))
+        self._limbs.assign(ops.zeros_like(self._limbs.value))

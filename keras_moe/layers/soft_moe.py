@@ -1,17 +1,16 @@
 """Soft mixture of experts: slots that mix all tokens of a sequence."""
 
-import functools
 import math
 from typing import Any
 
 import keras
 from keras import ops
 
-from keras_moe import _checks
+from keras_moe import _checks, _numerics
 from keras_moe.layers.feed_forward import (
     ExpertFeedForward,
-    entropy_of,
     flat_mask,
+    product,
     zero_where_padded,
 )
 from keras_moe.layers.naming import name_or_default
@@ -166,38 +165,37 @@ class SoftMoE(ExpertFeedForward):
         return_routing: bool = False,
     ) -> Any:
         token_axes, width = ops.shape(inputs)[:-1], inputs.shape[-1]
-        batch, count = token_axes[0], _product(token_axes[1:])
+        batch, count = token_axes[0], product(token_axes[1:])
         tokens = ops.reshape(inputs, (batch, count, width))
         token_mask = flat_mask("SoftMoE", inputs, mask, (batch, count))
         tokens = zero_where_padded(tokens, token_mask)
 
         routing = self.router(tokens, mask=token_mask)
-        slots = (self.num_experts, batch * self.slots_per_expert)
+        num_slots = self.num_experts * self.slots_per_expert
         dispatch, combine = (
-            ops.reshape(ops.cast(weights, self.compute_dtype), (batch, count, -1))
+            ops.reshape(ops.cast(weights, self.compute_dtype), (batch, count, num_slots))
             for weights in (routing.dispatch, routing.combine)
         )
         mixed = ops.matmul(ops.transpose(dispatch, (0, 2, 1)), tokens)  # (b, e p, d)
-        mixed = ops.reshape(mixed, (batch, *self._slot_axes, width))
-        mixed = ops.reshape(ops.transpose(mixed, (1, 0, 2, 3)), (*slots, width))
+        mixed = ops.reshape(mixed, (batch, self.num_experts, self.slots_per_expert, width))
+        mixed = ops.reshape(
+            ops.transpose(mixed, (1, 0, 2, 3)),
+            (self.num_experts, batch * self.slots_per_expert, width),
+        )
         outputs = self.experts(mixed, training=training)
         output_dim = outputs.shape[-1]
         outputs = ops.reshape(outputs, (self.num_experts, batch, self.slots_per_expert, output_dim))
-        outputs = ops.reshape(ops.transpose(outputs, (1, 0, 2, 3)), (batch, -1, output_dim))
+        outputs = ops.reshape(ops.transpose(outputs, (1, 0, 2, 3)), (batch, num_slots, output_dim))
         outputs = zero_where_padded(ops.matmul(combine, outputs), token_mask)
         if training:
             self._count(routing, token_mask)
         outputs = ops.reshape(outputs, (*token_axes, output_dim))
         return (outputs, routing) if return_routing else outputs
 
-    @property
-    def _slot_axes(self) -> tuple[int, int]:
-        return self.num_experts, self.slots_per_expert
-
     def _count(self, routing: SoftRouting, mask: Tensor | None) -> None:
         shape = ops.shape(routing.combine)
         num_slots = self.num_experts * self.slots_per_expert
-        entropy = entropy_of(ops.reshape(routing.logits, (shape[0], shape[1], num_slots)))
+        entropy = _numerics.entropy(ops.reshape(routing.logits, (shape[0], shape[1], num_slots)))
         mass = ops.sum(routing.combine, axis=-1)
         is_token = ops.ones_like(entropy) if mask is None else ops.cast(mask, "float32")
         self._load.add(ops.sum(mass * ops.expand_dims(is_token, -1), axis=(0, 1)))
@@ -241,7 +239,3 @@ class SoftMoE(ExpertFeedForward):
             "scale_initializer": keras.initializers.serialize(self.scale_initializer),
             "phi_regularizer": keras.regularizers.serialize(self.phi_regularizer),
         }
-
-
-def _product(axes: Any) -> Any:
-    return functools.reduce(lambda a, b: a * b, axes, 1)

@@ -18,7 +18,8 @@ class SwitchFFN(MoE):
 
     Args:
         num_experts: Positive integer, the number of experts E.
-        hidden_dim: Positive integer, the hidden width h of each expert.
+        hidden_dim: Positive integer, the hidden width h of each expert. Only `None` where `experts`
+            are Keras layers. Defaults to `None`.
         capacity_factor: Slots per expert over N / E in training. Defaults to `1.25`.
         eval_capacity_factor: The same at inference; unused where `capacity_factor` is None, which
             drops nothing. Defaults to `2.0`.

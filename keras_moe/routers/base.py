@@ -6,6 +6,7 @@ import keras
 from keras import ops
 
 from keras_moe import _checks
+from keras_moe._numerics import softmax
 from keras_moe.initializers import FiniteInitializer
 from keras_moe.routers import losses
 from keras_moe.routing import Routing
@@ -101,7 +102,7 @@ class Router(keras.layers.Layer):
         self, inputs: Tensor, mask: Tensor | None = None, training: bool | None = None
     ) -> Routing:
         logits = ops.matmul(self._jittered(inputs) if training else inputs, self.kernel)
-        probabilities = ops.softmax(logits, axis=-1)
+        probabilities = softmax(logits)
         experts, weights = self.choose(logits, probabilities)
         kept = ops.ones_like(experts, dtype="bool")
         if mask is not None:

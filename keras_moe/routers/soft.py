@@ -6,6 +6,7 @@ import keras
 from keras import ops
 
 from keras_moe import _checks
+from keras_moe._numerics import softmax
 from keras_moe.initializers import FiniteInitializer
 from keras_moe.routing import SoftRouting
 from keras_moe.types import Config, InitializerLike, RegularizerLike, Tensor
@@ -88,16 +89,16 @@ class SoftRouter(keras.layers.Layer):
         phi = self.scale * _l2_normalize(phi, axis=0)
         logits = ops.matmul(_l2_normalize(inputs, axis=-1), phi)  # (b, n, e p)
         if mask is None:
-            dispatch = ops.softmax(logits, axis=1)
+            dispatch = softmax(logits, axis=1)
         else:
             is_token = ops.expand_dims(mask, -1)
             visible = ops.where(is_token, logits, ops.full_like(logits, -1e30))
             # A fully padded sequence has a uniform softmax, which the mask then sets to zero.
-            dispatch = ops.where(is_token, ops.softmax(visible, axis=1), ops.zeros_like(logits))
+            dispatch = ops.where(is_token, softmax(visible, axis=1), ops.zeros_like(logits))
         shape = (batch, count, self.num_experts, self.slots_per_expert)
         return SoftRouting(
             dispatch=ops.reshape(dispatch, shape),
-            combine=ops.reshape(ops.softmax(logits, axis=-1), shape),
+            combine=ops.reshape(softmax(logits, axis=-1), shape),
             logits=ops.reshape(logits, shape),
         )
 

@@ -6,7 +6,8 @@ import keras
 from keras import ops
 
 from keras_moe import _checks
-from keras_moe.initializers import FiniteInitializer, PerExpertInitializer
+from keras_moe._numerics import softmax
+from keras_moe.initializers import PerExpertInitializer
 from keras_moe.routing import GateRouting
 from keras_moe.types import Config, ConstraintLike, InitializerLike, RegularizerLike, Tensor
 
@@ -69,9 +70,7 @@ class SoftmaxGate(keras.layers.Layer):
         self.kernel = self.add_weight(
             name="kernel",
             shape=(self.num_tasks, width, self.num_experts),
-            initializer=PerExpertInitializer(
-                FiniteInitializer(self.kernel_initializer, "gates/kernel"), "gates/kernel"
-            ),
+            initializer=PerExpertInitializer(self.kernel_initializer, "gates/kernel"),
             regularizer=self.kernel_regularizer,
             constraint=self.kernel_constraint,
         )
@@ -84,7 +83,7 @@ class SoftmaxGate(keras.layers.Layer):
             logits = ops.reshape(logits, (-1, self.num_tasks, self.num_experts))
         else:
             logits = ops.transpose(ops.matmul(inputs, self.kernel), (1, 0, 2))
-        weights = ops.softmax(logits, axis=-1)
+        weights = softmax(logits)
         if training and self.seed_generator is not None:
             weights = self._dropped_out(weights)
         return GateRouting(weights, logits)

@@ -1,0 +1,58 @@
+# Two commands are enough: `make demo` and `make test`. Each sets up all it needs; a second run
+# starts at once. Python 3.11 or newer and make must be there.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+TFRS := TF_USE_LEGACY_KERAS=1 KERAS_BACKEND=tensorflow
+PYTEST := $(BIN)/python -m pytest -n 2
+export TF_CPP_MIN_LOG_LEVEL ?= 2
+
+.PHONY: demo test lint docs test-jax test-tensorflow test-torch test-tfrs test-once clean
+
+demo: $(VENV)/.demo
+	$(TFRS) $(BIN)/python examples/recommend_movies.py
+
+test: lint docs test-jax test-tensorflow test-torch test-tfrs test-once
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict
+
+# The layers and all below them, once per backend, each in a process of its own.
+CORE_TESTS := tests/callbacks tests/dispatch tests/layers tests/oracle tests/parity
+
+test-jax test-tensorflow test-torch: test-%: $(VENV)/.dev
+	KERAS_BACKEND=$* $(PYTEST) $(CORE_TESTS)
+
+# What lives in Keras 2 needs its own environment.
+test-tfrs: $(VENV)/.dev
+	$(TFRS) $(PYTEST) tests/integrations tests/examples
+
+# What does not depend on the backend, or starts a process per backend itself.
+test-once: $(VENV)/.dev
+	KERAS_BACKEND=jax $(PYTEST) tests/cross_backend tests/docs tests/packaging
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+
+# Pinned versions: a set-up a year from now is the one that passed.
+$(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install -c constraints.txt hatchling editables
+	$(PIP) install -c constraints.txt --no-build-isolation -e '.[examples]'
+	touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install -c constraints.txt hatchling editables
+	$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]'
+	touch $@ $(VENV)/.demo
+
+clean:
+	rm -rf $(VENV) build dist site results

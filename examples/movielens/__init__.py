@@ -1,0 +1,1 @@
+"""The parts of `recommend_movies.py`: reading MovieLens, features, models, the report."""

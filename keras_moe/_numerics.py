@@ -1,0 +1,21 @@
+"""Small numerical functions that Keras has not, or not quite."""
+
+from keras import ops
+
+from keras_moe.types import Tensor
+
+
+def softmax(logits: Tensor, axis: int = -1) -> Tensor:
+    """exp(x) / sum(exp(x)). `ops.softmax` warns about an axis of size 1, which one expert, one
+    slot or one token rightly is.
+    """
+    if 0 in tuple(logits.shape):
+        return logits  # nothing to normalise, and the maximum of nothing is an error
+    exponentials = ops.exp(logits - ops.stop_gradient(ops.max(logits, axis=axis, keepdims=True)))
+    return exponentials / ops.sum(exponentials, axis=axis, keepdims=True)
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Entropy in nats of softmax(logits) over the last axis."""
+    log_p = ops.log_softmax(logits, axis=-1)
+    return -ops.sum(ops.exp(log_p) * log_p, axis=-1)

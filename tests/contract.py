@@ -1,0 +1,376 @@
+"""The contract that every layer of keras_moe keeps, on every backend.
+
+A superset of Keras's own `run_layer_test`. A new layer joins by adding a `Case` to
+`tests/layers/test_contract.py`; the checks below then hold it to DESIGN.md's invariants.
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+from keras.src import testing
+
+D = 6  # model width of all contract inputs
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A layer as the contract sees it.
+
+    Attributes:
+        layer: the class.
+        arguments: constructor arguments, JSON-like.
+        is_rowwise: whether a token's output depends on that token alone (no capacity competition).
+        is_batchwise: whether an example's output depends on that example alone.
+        mixes_tokens: whether a token sees the others of its sequence (soft routing).
+        trainable, non_trainable, seeds, losses: what `run_layer_test` counts.
+    """
+
+    layer: type[keras.layers.Layer]
+    arguments: dict[str, Any]
+    trainable: int
+    non_trainable: int
+    losses: int = 0
+    seeds: int = 0
+    output_dim: int = D
+    is_rowwise: bool = True
+    is_batchwise: bool = True
+    mixes_tokens: bool = False
+
+    def make(self, **overrides: Any) -> keras.layers.Layer:
+        return self.layer(**{**self.arguments, **overrides})
+
+
+def tokens(batch: int = 4, length: int = 5, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(batch, length, D)).astype("float32")
+
+
+def arrays(outputs: Any) -> list[np.ndarray]:
+    """The tensors of any structure as NumPy arrays."""
+    return [ops.convert_to_numpy(leaf) for leaf in keras.tree.flatten(outputs)]
+
+
+def first(outputs: Any) -> np.ndarray:
+    return arrays(outputs)[0]
+
+
+def run(layer: keras.layers.Layer, x: np.ndarray, mask: Any = None, **arguments: Any) -> Any:
+    """Calls a layer, compiled on JAX, where an eager call compiles a hundred times.
+
+    State is updated and `layer.losses` can be read afterwards, as after an eager call.
+    """
+    mask = None if mask is None else ops.convert_to_tensor(np.array(mask))
+    if keras.backend.backend() != "jax":
+        return layer(x, mask=mask, **arguments)
+    if not layer.built:
+        layer.build(x.shape)
+    outputs, state, losses = _compiled(layer, tuple(sorted(arguments.items())))(
+        [v.value for v in layer.trainable_variables],
+        [v.value for v in layer.non_trainable_variables],
+        ops.convert_to_tensor(x),
+        mask,
+    )
+    for variable, value in zip(layer.non_trainable_variables, state, strict=True):
+        variable.assign(value)
+    layer._clear_losses()
+    layer.add_loss(losses)
+    return outputs
+
+
+@functools.cache
+def _compiled(layer: keras.layers.Layer, arguments: tuple) -> Callable[..., Any]:
+    import jax
+
+    def call(trainable: Any, non_trainable: Any, x: Any, mask: Any) -> Any:
+        return layer.stateless_call(
+            trainable, non_trainable, x, mask=mask, return_losses=True, **dict(arguments)
+        )
+
+    return jax.jit(call)
+
+
+class KerasLayerTest(testing.TestCase):
+    """Gives access to `run_layer_test`, which is a method of Keras's test case."""
+
+    def runTest(self) -> None:  # what unittest wants of an instance
+        return None
+
+
+def check_keras_layer_test(case: Case) -> None:
+    """Config round trip, building, symbolic and eager calls, a training step, mixed precision."""
+    KerasLayerTest().run_layer_test(
+        case.layer,
+        init_kwargs=case.arguments,
+        input_shape=(2, 3, D),
+        expected_num_trainable_weights=case.trainable,
+        expected_num_non_trainable_weights=case.non_trainable,
+        expected_num_seed_generators=case.seeds,
+        expected_num_losses=case.losses,
+        supports_masking=True,
+        # On TensorFlow it feeds a generator of lists to `tf.data`, which takes none.
+        run_training_check=not isinstance(case.arguments.get("tasks"), int),
+    )
+
+
+def check_config_is_json(case: Case) -> None:
+    layer = case.make()
+    config = layer.get_config()
+    again = case.layer.from_config(json.loads(json.dumps(config)))
+    assert json.dumps(again.get_config(), sort_keys=True) == json.dumps(config, sort_keys=True)
+
+
+def check_any_rank(case: Case) -> None:
+    for shape in [(5, D), (2, 3, D), (2, 3, 4, D)]:
+        x = np.random.default_rng(0).normal(size=shape).astype("float32")
+        layer = case.make()
+        symbolic = layer(keras.Input(shape[1:]))
+        for output, spec in zip(arrays(run(layer, x)), keras.tree.flatten(symbolic), strict=True):
+            assert output.shape == (*shape[:-1], case.output_dim)
+            assert tuple(spec.shape) == (None, *shape[1:-1], case.output_dim)
+
+
+def check_unknown_sizes(case: Case) -> None:
+    """One functional model, built with unknown batch and sequence sizes, serves any of them."""
+    inputs = keras.Input((None, D))
+    model = keras.Model(inputs, keras.tree.flatten(case.make()(inputs)))
+    for batch, length in [(1, 1), (2, 7), (5, 3)]:
+        x = tokens(batch, length)
+        outputs = model.predict(x, verbose=0)
+        for output in keras.tree.flatten(outputs):
+            assert output.shape == (batch, length, case.output_dim)
+        again = keras.tree.flatten(model.predict_on_batch(x))[0]
+        np.testing.assert_allclose(keras.tree.flatten(outputs)[0], again, rtol=1e-5, atol=1e-6)
+
+
+def check_empty_batch(case: Case) -> None:
+    for shape in [(0, 3, D), (2, 0, D), (0, D)]:
+        for training in (False, True):
+            outputs = arrays(run(case.make(), np.zeros(shape, "float32"), training=training))
+            assert all(o.shape == (*shape[:-1], case.output_dim) for o in outputs)
+
+
+def check_one_token_and_more_experts_than_tokens(case: Case) -> None:
+    for training in (False, True):
+        layer = case.make()
+        outputs = arrays(run(layer, tokens(1, 1), training=training))
+        assert all(np.isfinite(output).all() for output in outputs)
+        assert all(np.isfinite(loss).all() for loss in arrays(layer.losses))
+
+
+def check_inference_is_deterministic(case: Case) -> None:
+    layer, x = case.make(), tokens()
+    once, twice = arrays(run(layer, x, training=False)), arrays(run(layer, x, training=False))
+    for a, b in zip(once, twice, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def check_examples_are_independent(case: Case) -> None:
+    """Without a capacity shared by the batch, no output depends on the rest of the batch."""
+    if not case.is_batchwise:
+        return
+    layer, x = case.make(), tokens(batch=6)
+    together = arrays(run(layer, x, training=False))
+    alone = arrays(run(layer, x[2:3], training=False))
+    for whole, one in zip(together, alone, strict=True):
+        np.testing.assert_allclose(whole[2:3], one, rtol=1e-5, atol=1e-6)
+
+
+def check_padding_changes_nothing(case: Case) -> None:
+    """Padded with garbage and a mask, the real tokens' outputs and the losses are the same."""
+    layer = case.make(**_without_drops(case))
+    x = tokens(3, 4)
+    padded = np.concatenate([x, np.full((3, 3, D), np.nan, "float32")], axis=1)
+    mask = np.arange(7) < 4
+    mask = np.broadcast_to(mask, (3, 7))
+    plain = arrays(run(layer, x, training=False))
+    plain_losses = arrays(layer.losses)
+    masked = arrays(run(layer, padded, mask=mask, training=False))
+    for whole, part in zip(masked, plain, strict=True):
+        np.testing.assert_allclose(whole[:, :4], part, rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(whole[:, 4:], np.zeros_like(whole[:, 4:]))
+    for a, b in zip(arrays(layer.losses), plain_losses, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+def check_everything_masked(case: Case) -> None:
+    """Nothing but padding: zero outputs, finite losses, zero counts, finite gradients."""
+    layer, x = case.make(), tokens(2, 3)
+    mask = np.zeros((2, 3), "bool")
+    outputs = arrays(run(layer, x, mask=mask, training=True))
+    assert all((output == 0).all() for output in outputs)
+    assert all(np.isfinite(loss).all() for loss in arrays(layer.losses))
+    if hasattr(layer, "running_counts"):
+        assert all(np.all(count == 0) for count in layer.running_counts().values())
+
+
+def check_padding_is_not_counted(case: Case) -> None:
+    layer = case.make()
+    if not hasattr(layer, "running_counts"):
+        return
+    x, mask = tokens(2, 4), np.array([[1, 1, 0, 0], [1, 0, 0, 0]], "bool")
+    run(layer, x, mask=mask, training=False)
+    assert all(np.all(count == 0) for count in layer.running_counts().values())
+    run(layer, x, mask=mask, training=True)
+    counts = layer.running_counts()
+    if getattr(layer, "routing_level", "token") == "token":
+        assert counts["decisions"] == 3
+    else:
+        assert counts["decisions"] == 2
+    layer.reset_running_counts()
+    assert all(np.all(count == 0) for count in layer.running_counts().values())
+
+
+def check_bad_row_stays_alone(case: Case) -> None:
+    """A NaN or Inf token is in its own output row and in nobody else's."""
+    if not case.is_rowwise:
+        return
+    for bad in (np.nan, np.inf, -np.inf):
+        layer, x = case.make(), tokens()
+        clean = arrays(run(layer, x, training=False))
+        spoilt = x.copy()
+        spoilt[1, 2, 3] = bad
+        dirty = arrays(run(layer, spoilt, training=False))
+        for a, b in zip(clean, dirty, strict=True):
+            assert not np.isfinite(b[1, 2]).all()
+            b[1, 2] = a[1, 2]
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def check_experts_start_different(case: Case) -> None:
+    layer = case.make()
+    layer.build(tokens().shape)
+    kernels = [w for w in layer.trainable_weights if "experts" in w.path and "kernel" in w.path]
+    stacked = [ops.convert_to_numpy(w.value) for w in kernels if len(w.shape) == 3]
+    assert stacked or "expert_0" in kernels[0].path
+    for kernel in stacked:
+        for expert in range(1, kernel.shape[0]):
+            assert np.abs(kernel[expert] - kernel[0]).max() > 1e-3
+    if not stacked:
+        first_kernel, *others = [ops.convert_to_numpy(w.value) for w in kernels]
+        same_shape = [other for other in others if other.shape == first_kernel.shape]
+        assert same_shape
+        assert all(np.abs(other - first_kernel).max() > 1e-3 for other in same_shape)
+
+
+def check_mixed_precision(case: Case) -> None:
+    """Outputs in the compute dtype, near the float32 ones; weights, routers and counts float32."""
+    reference, x = case.make(**_without_drops(case)), tokens()
+    expected = arrays(run(reference, x))
+    for policy in ("mixed_bfloat16", "mixed_float16"):
+        layer = case.make(**_without_drops(case), dtype=policy)
+        layer.build(x.shape)
+        layer.set_weights(reference.get_weights())
+        outputs = keras.tree.flatten(run(layer, x, training=False))
+        for output, wanted in zip(outputs, expected, strict=True):
+            assert keras.backend.standardize_dtype(output.dtype) == layer.compute_dtype
+            got = ops.convert_to_numpy(ops.cast(output, "float32"))
+            assert np.abs(got - wanted).max() < 0.05 * np.abs(wanted).max()
+        for weight in layer.weights:
+            assert keras.backend.standardize_dtype(weight.dtype) == "float32", weight.path
+        for sublayer in layer._flatten_layers(include_self=False):
+            if sublayer.name in ("router", "gates"):
+                assert sublayer.compute_dtype == "float32"
+        for loss in keras.tree.flatten(layer.losses):
+            assert keras.backend.standardize_dtype(loss.dtype) == "float32"
+
+
+def check_fit(case: Case, jit_compile: bool, data: Callable[[], Any]) -> None:
+    """Trains from unknown batch sizes, changes every trainable weight, and stays finite."""
+    inputs = keras.Input((None, D))
+    layer = case.make()
+    outputs = keras.tree.flatten(layer(inputs))
+    model = keras.Model(inputs, keras.layers.Add()(outputs) if len(outputs) > 1 else outputs[0])
+    model.compile(keras.optimizers.SGD(0.1), "mse", jit_compile=jit_compile)
+    before = [ops.convert_to_numpy(w.value).copy() for w in layer.trainable_weights]
+    history = model.fit(data(), epochs=2, verbose=0)
+    assert np.isfinite(history.history["loss"]).all()
+    after = [ops.convert_to_numpy(w.value) for w in layer.trainable_weights]
+    unchanged = [
+        w.path
+        for w, a, b in zip(layer.trainable_weights, before, after, strict=True)
+        if np.array_equal(a, b)
+    ]
+    assert not unchanged
+
+
+def check_save_and_load(case: Case, path: Any) -> None:
+    inputs = keras.Input((None, D))
+    model = keras.Model(inputs, keras.tree.flatten(case.make()(inputs)))
+    x = tokens()
+    model.save(path)
+    again = keras.saving.load_model(path)
+    outputs, loaded = model.predict_on_batch(x), again.predict_on_batch(x)
+    for a, b in zip(arrays(outputs), arrays(loaded), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert [w.path for w in again.weights] == [w.path for w in model.weights]
+
+
+def check_return_routing(case: Case) -> None:
+    """Symbolic and real records agree, and the layer's outputs do not change."""
+    layer = case.make()
+    inputs = keras.Input((None, D))
+    symbolic = layer(inputs, return_routing=True)
+    outputs, routing = run(layer, tokens(), return_routing=True)
+    plain = layer(tokens())
+    for a, b in zip(arrays(outputs), arrays(plain), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    assert type(symbolic[1]) is type(routing)
+    specs, leaves = keras.tree.flatten(symbolic), keras.tree.flatten((outputs, routing))
+    for spec, leaf in zip(specs, leaves, strict=True):
+        assert keras.backend.standardize_dtype(leaf.dtype) == spec.dtype
+        assert len(spec.shape) == len(leaf.shape)
+        for known, real in zip(spec.shape, leaf.shape, strict=True):
+            assert known is None or known == real
+    model = keras.Model(inputs, symbolic)
+    in_model = model.predict_on_batch(tokens())
+    for a, b in zip(arrays(in_model), arrays((outputs, routing)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def check_mask_goes_on(case: Case) -> None:
+    """The mask of an Embedding reaches the layer by itself and the layers after it."""
+    inputs = keras.Input((None,), dtype="int32")
+    embedded = keras.layers.Embedding(9, D, mask_zero=True)(inputs)
+    outputs = keras.tree.flatten(case.make()(embedded))
+    pooled = [keras.layers.GlobalAveragePooling1D()(output) for output in outputs]
+    model = keras.Model(inputs, pooled)
+    short, padded = np.array([[3, 5]]), np.array([[3, 5, 0, 0]])
+    if not case.is_batchwise or (not case.is_rowwise and not case.mixes_tokens):
+        return
+    outputs, longer = model.predict_on_batch(short), model.predict_on_batch(padded)
+    for a, b in zip(arrays(outputs), arrays(longer), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def check_bad_inputs(case: Case) -> None:
+    for bad, message in [
+        (lambda: case.make()(np.zeros((D,), "float32")), "rank 2 or more"),
+        (lambda: case.make()(keras.Input((3, None))), "known last dimension"),
+        (
+            lambda: case.make()(tokens(2, 3), mask=ops.ones((2, 4), dtype="bool")),
+            "mask with one entry per token",
+        ),
+        (
+            lambda: case.make()(tokens(2, 3), mask=ops.ones((2,), dtype="bool")),
+            "mask with one entry per token",
+        ),
+    ]:
+        try:
+            bad()
+        except ValueError as error:
+            assert message in str(error), str(error)
+            assert "Received:" in str(error)
+        else:
+            raise AssertionError(f"no error: {message}")
+
+
+def _without_drops(case: Case) -> dict[str, Any]:
+    """Padding counts in N, so capacity grows with it: enough slots for all make the two equal."""
+    if case.arguments.get("capacity_factor") is None:
+        return {}
+    return {"capacity_factor": 100.0, "eval_capacity_factor": None}

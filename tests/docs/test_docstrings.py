@@ -1,0 +1,151 @@
+"""Docstrings say what the code does: arguments, defaults, sections, examples."""
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+
+import keras
+import pytest
+
+import keras_moe
+from keras_moe import callbacks, dispatch, layers, routers
+from tests.docs import docstrings
+from tests.docs.docstrings import UNSTATED
+
+PUBLIC = [
+    getattr(module, name)
+    for module in (layers, routers, callbacks, dispatch)
+    for name in module.__all__
+]
+CLASSES = [each for each in PUBLIC if inspect.isclass(each)]
+RECORDS = [each for each in CLASSES if issubclass(each, tuple)]
+CONSTRUCTED = [each for each in CLASSES if each not in RECORDS]
+KERAS_LAYERS = [each for each in CLASSES if issubclass(each, keras.layers.Layer)]
+USER_LAYERS = [layers.MoE, layers.SwitchFFN, layers.SoftMoE, layers.MMoE, layers.ExpertMLP]
+MODULES = [keras_moe.__name__] + [
+    module.name
+    for module in pkgutil.walk_packages(keras_moe.__path__, "keras_moe.")
+    if ".integrations" not in module.name  # needs Keras 2: see test_pages.py
+]
+
+# A preset takes and returns what its parent does.
+INHERITED = ("Call arguments", "Input shape", "Output shape", "Returns", "Raises")
+
+
+def by_name(each: type) -> str:
+    return each.__name__
+
+
+def sections_with_inherited(cls: type) -> set[str]:
+    """A preset documents its own arguments; shapes are those of the layer that it fills in."""
+    own = set(docstrings.sections_of(cls))
+    for base in cls.__mro__[1:]:
+        if base in CLASSES:
+            own |= set(docstrings.sections_of(base)) & set(INHERITED)
+    return own
+
+
+@pytest.mark.parametrize("cls", CONSTRUCTED, ids=by_name)
+def test_every_constructor_argument_is_documented_and_exists(cls):
+    documented = {name for name in docstrings.documented_arguments(cls) if not name.startswith("*")}
+    accepted = set()
+    if cls.__init__ is not object.__init__:
+        accepted = set(docstrings.signature_arguments(cls.__init__))
+    assert documented == accepted
+
+
+@pytest.mark.parametrize("cls", CONSTRUCTED, ids=by_name)
+def test_documented_defaults_are_the_real_ones(cls):
+    documented = docstrings.documented_arguments(cls)
+    if cls.__init__ is object.__init__:
+        assert not documented
+        return
+    for name, parameter in docstrings.signature_arguments(cls.__init__).items():
+        claimed = documented[name].default
+        if parameter.default is inspect.Parameter.empty:
+            assert claimed is UNSTATED, f"`{name}` is required, and documented with a default."
+        else:
+            assert claimed is not UNSTATED, f"The default of `{name}` is not documented."
+            assert (claimed, type(claimed)) == (parameter.default, type(parameter.default)), name
+
+
+@pytest.mark.parametrize("cls", CONSTRUCTED, ids=by_name)
+def test_forwarded_arguments_are_the_parents(cls):
+    documented = docstrings.documented_arguments(cls)
+    if "**kwargs" not in documented:
+        return
+    text = documented["**kwargs"].text
+    parent = cls.__mro__[1]
+    assert f"`{parent.__name__}`" in text
+    accepted = docstrings.signature_arguments(parent.__init__)
+    left = set(accepted) - set(docstrings.signature_arguments(cls.__init__))
+    is_exception, names = docstrings.forwarded_names(text)
+    assert names <= set(accepted), names - set(accepted)
+    if is_exception:
+        return
+    fixed = set(inspect.getsource(cls.__init__).split('kwargs["')[1:])
+    fixed = {rest.partition('"')[0] for rest in fixed}
+    # What the constructor sets itself, by position or in kwargs, cannot be forwarded.
+    assert names == left - fixed - {"top_k"}
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=by_name)
+def test_summary_is_one_sentence_on_one_line(cls):
+    summary, *rest = inspect.getdoc(cls).splitlines()
+    assert summary.endswith(".")
+    assert not rest or not rest[0]
+
+
+@pytest.mark.parametrize("cls", KERAS_LAYERS, ids=by_name)
+def test_layers_and_routers_say_how_to_call_them(cls):
+    sections = sections_with_inherited(cls)
+    assert "Args" in sections
+    assert "Call arguments" in sections
+    assert sections & {"Returns", "Output shape"}
+
+
+@pytest.mark.parametrize("cls", KERAS_LAYERS, ids=by_name)
+def test_call_arguments_are_those_of_call(cls):
+    described = next(
+        docstrings.sections_of(base)["Call arguments"]
+        for base in cls.__mro__
+        if base in CLASSES and "Call arguments" in docstrings.sections_of(base)
+    )
+    names = {line.split(":")[0].strip() for line in described if line[4:5].strip() and ":" in line}
+    assert names == set(docstrings.signature_arguments(cls.call))
+
+
+@pytest.mark.parametrize("cls", USER_LAYERS, ids=by_name)
+def test_user_layers_have_all_sections(cls):
+    sections = sections_with_inherited(cls)
+    expected = {"Args", "Call arguments", "Input shape", "Output shape", "Raises", "Example"}
+    if cls is not layers.ExpertMLP:  # a bank has no paper, and one output of a known shape
+        expected |= {"Returns", "Reference"}
+    assert expected <= sections, expected - sections
+    assert "Example" in docstrings.sections_of(cls), "An example cannot be inherited."
+
+
+@pytest.mark.parametrize("cls", RECORDS, ids=by_name)
+def test_records_document_their_fields(cls):
+    described = [line for line in docstrings.sections_of(cls)["Attributes"] if line[4:5].strip()]
+    assert [line.split(":")[0].strip() for line in described] == list(cls._fields)
+
+
+@pytest.mark.parametrize("record", ["Routing", "SoftRouting", "GateRouting"])
+def test_top_level_records_document_their_fields(record):
+    test_records_document_their_fields(getattr(keras_moe, record))
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_examples_in_docstrings_run(module):
+    results = doctest.testmod(
+        importlib.import_module(module), optionflags=doctest.NORMALIZE_WHITESPACE
+    )
+    assert results.failed == 0
+
+
+def test_there_are_examples_to_run():
+    finder = doctest.DocTestFinder()
+    with_examples = [each for each in CLASSES if any(t.examples for t in finder.find(each))]
+    assert set(USER_LAYERS) <= set(with_examples)

@@ -1,0 +1,117 @@
+"""A wrong argument fails in the constructor, with what is expected and what was received."""
+
+import keras
+import numpy as np
+import pytest
+
+from keras_moe import callbacks, dispatch, layers, routers
+
+Dense = keras.layers.Dense
+
+
+def moe(**arguments):
+    return layers.MoE(**{"num_experts": 4, "hidden_dim": 8, **arguments})
+
+
+def soft(**arguments):
+    return layers.SoftMoE(**{"num_experts": 4, "hidden_dim": 8, **arguments})
+
+
+def mmoe(**arguments):
+    return layers.MMoE(**{"num_experts": 4, "expert_units": [8], "tasks": 2, **arguments})
+
+
+BAD = [
+    # sizes
+    (lambda: moe(num_experts=0), r"`num_experts` must be a positive integer. Received: num_expe"),
+    (lambda: moe(num_experts=-3), "`num_experts` must be a positive .* Received: num_experts=-3"),
+    (lambda: moe(num_experts=2.0), "`num_experts` must be .* Received: num_experts=2.0"),
+    (lambda: moe(num_experts=True), "`num_experts` must be .* Received: num_experts=True"),
+    (lambda: moe(hidden_dim=0), "`hidden_dim` must be .* Received: hidden_dim=0"),
+    (lambda: moe(hidden_dim="8"), "`hidden_dim` must be .* Received: hidden_dim='8'"),
+    (lambda: moe(hidden_dim=None), "`hidden_dim` must be .* Received: hidden_dim=None"),
+    (lambda: moe(output_dim=-1), "`output_dim` must be .* Received: output_dim=-1"),
+    (lambda: moe(top_k=9), r"integer between 1 and num_experts=4. Received: top_k=9"),
+    (lambda: moe(top_k=0), r"integer between 1 and num_experts=4. Received: top_k=0"),
+    (lambda: moe(num_shared_experts=-1), "`num_shared_experts` must be an integer of at least 0"),
+    (lambda: soft(slots_per_expert=0), "`slots_per_expert` must be a positive integer"),
+    (lambda: mmoe(expert_units=[]), r"`expert_units` must name at least one .* expert_units=\[\]"),
+    (lambda: mmoe(expert_units=[8, 0]), "`expert_units` must be a positive integer"),
+    (lambda: mmoe(gate_units=[-1]), "`gate_units` must be a positive integer"),
+    # numbers
+    (lambda: moe(capacity_factor=0), "`capacity_factor` must be .* Received: capacity_factor=0"),
+    (lambda: moe(capacity_factor=float("nan")), "`capacity_factor` must be a number above 0"),
+    (lambda: moe(eval_capacity_factor=2.0), "`eval_capacity_factor` needs a `capacity_factor`"),
+    (lambda: moe(balance_weight=-1), "`balance_weight` must be a number of at least 0"),
+    (lambda: moe(z_loss_weight="big"), "`z_loss_weight` must be a number of at least 0"),
+    (lambda: moe(dropout=1.0), r"`dropout` must be a number in \[0, 1\). Received: dropout=1.0"),
+    (lambda: mmoe(gate_dropout=-0.1), r"`dropout` must be|`gate_dropout` must be"),
+    (lambda: layers.SwitchFFN(4, 8, jitter=2), r"`jitter` must be a number in \[0, 1\)"),
+    # names
+    (
+        lambda: moe(router="topk"),
+        r"must be one of \['dense', 'switch', 'top_k'\]. Received: router",
+    ),
+    (lambda: moe(router=Dense(3)), "`router` must be one of .* or a `Router`"),
+    (lambda: moe(router=routers.TopKRouter(5)), "must choose from num_experts=4 .*num_experts=5"),
+    (lambda: moe(experts="mpl"), r"`experts` must be one of \['glu', 'mlp'\]"),
+    (lambda: moe(experts=3), "`experts` must be one of .* a Keras layer or a list"),
+    (lambda: moe(experts=[Dense(2)] * 4), "distinct layers"),
+    (lambda: moe(experts=[Dense(2), Dense(2)]), "list of num_experts=4"),
+    (lambda: moe(experts=Dense(2), output_dim=3), "`output_dim` must be None"),
+    (lambda: moe(dispatch="sort"), r"one of \['auto', 'blocks', 'capacity', 'dense'\]"),
+    (lambda: moe(dispatch=3), "`dispatch` must be one of .* or a `Carrier`"),
+    (lambda: moe(dispatch="capacity"), "`dispatch='capacity'` needs a `capacity_factor`"),
+    (lambda: moe(dispatch="blocks", capacity_factor=1.0), "`capacity_factor` must be None"),
+    (lambda: moe(routing_level="word"), r"`routing_level` must be one of \['example', 'token'\]"),
+    (lambda: moe(capacity_group="all"), r"`capacity_group` must be one of \['batch', 'example'\]"),
+    (lambda: mmoe(gate="soft"), r"`gate` must be one of \['softmax'\]"),
+    (lambda: mmoe(gate=routers.SoftmaxGate(4, 3)), "`gate` must have num_experts=4, num_tasks=2"),
+    (lambda: mmoe(tasks=0), "`tasks` must be a positive integer"),
+    (lambda: mmoe(tasks="click"), "`tasks` must be"),
+    (lambda: mmoe(tasks=["a", "a"]), r"distinct names. Received: tasks=\['a', 'a'\]"),
+    (lambda: mmoe(tasks=[]), "distinct names"),
+    (lambda: dispatch.BlocksCarrier(0), "`block_size` must be a positive integer"),
+    (lambda: callbacks.ExpertMonitor(every=0), "`every` must be a positive integer"),
+    (lambda: layers.ExpertMLP(4, 8)(np.zeros((3, 2, 8))), r"\(E, C, d\) .*E=4. Received: shape"),
+    (lambda: layers.ExpertMLP(4, 8)(np.zeros((2, 8))), "rank 3 or more"),
+    (lambda: moe().dispatch_plan(0), "`n_tokens` must be a positive integer"),
+]
+
+
+@pytest.mark.parametrize("make, message", BAD, ids=[message for _, message in BAD])
+def test_message(make, message):
+    with pytest.raises(ValueError, match=message) as error:
+        make()
+    assert "Received: " in str(error.value)
+
+
+class _NotFinite(keras.initializers.Initializer):
+    def __call__(self, shape, dtype=None):
+        return keras.ops.full(shape, float("nan"), dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    "layer, weight",
+    [
+        (lambda: moe(kernel_initializer=_NotFinite()), "experts/kernel_0"),
+        (lambda: moe(bias_initializer=_NotFinite()), "experts/bias_0"),
+        (lambda: moe(kernel_initializer=keras.initializers.Constant(float("inf"))), "kernel_0"),
+        (
+            lambda: moe(router=routers.TopKRouter(4, kernel_initializer=_NotFinite())),
+            "router/kernel",
+        ),
+        (lambda: soft(phi_initializer=_NotFinite()), "router/phi"),
+        (lambda: soft(scale_initializer=_NotFinite()), "router/scale"),
+        (lambda: mmoe(gate_initializer=_NotFinite()), "gates/kernel"),
+        (lambda: mmoe(kernel_initializer=_NotFinite()), "experts/kernel_0"),
+    ],
+)
+def test_weights_that_are_not_finite(layer, weight):
+    with pytest.raises(ValueError, match=rf"{weight}.* must return finite numbers. Received: in"):
+        layer().build((None, 3, 8))
+
+
+def test_a_wrong_layer_in_a_model_names_itself():
+    with pytest.raises(ValueError, match="`SoftMoE` expects inputs of rank 2 or more"):
+        soft()(keras.Input(()))

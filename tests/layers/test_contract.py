@@ -1,0 +1,212 @@
+"""Every layer keeps the contract of `tests/contract.py`."""
+
+import keras
+import numpy as np
+import pytest
+
+from keras_moe import layers
+from tests import contract
+from tests.contract import Case, D
+
+CASES = {
+    "moe": Case(layers.MoE, {"num_experts": 4, "hidden_dim": 8}, 5, 2, losses=2),
+    "moe_glu_shared": Case(
+        layers.MoE,
+        {"num_experts": 5, "hidden_dim": 8, "experts": "glu", "num_shared_experts": 2},
+        13,
+        2,
+        losses=2,
+    ),
+    "moe_capacity": Case(
+        layers.MoE,
+        {"num_experts": 4, "hidden_dim": 8, "capacity_factor": 1.0},
+        5,
+        2,
+        losses=2,
+        is_rowwise=False,
+        is_batchwise=False,
+    ),
+    "moe_capacity_per_example": Case(
+        layers.MoE,
+        {
+            "num_experts": 4,
+            "hidden_dim": 8,
+            "capacity_factor": 1.0,
+            "capacity_group": "example",
+        },
+        5,
+        2,
+        losses=2,
+        is_rowwise=False,
+    ),
+    "moe_router_object": Case(
+        layers.MoE,
+        {
+            "num_experts": 4,
+            "hidden_dim": 8,
+            "router": {
+                "module": "keras_moe.routers.top_k",
+                "class_name": "TopKRouter",
+                "config": {"num_experts": 4, "top_k": 3, "normalize": False},
+                "registered_name": "keras_moe>TopKRouter",
+            },
+            "dispatch": {
+                "module": "keras_moe.dispatch.blocks",
+                "class_name": "BlocksCarrier",
+                "config": {"block_size": 3},
+                "registered_name": "keras_moe>BlocksCarrier",
+            },
+        },
+        5,
+        2,
+        losses=2,
+    ),
+    "moe_dense": Case(
+        layers.MoE, {"num_experts": 4, "hidden_dim": 8, "router": "dense"}, 5, 2, losses=1
+    ),
+    "moe_switch_dropless": Case(
+        layers.MoE, {"num_experts": 4, "hidden_dim": 8, "router": "switch"}, 5, 2, 2, seeds=1
+    ),
+    "moe_example_level": Case(
+        layers.MoE,
+        {"num_experts": 4, "hidden_dim": 8, "routing_level": "example"},
+        5,
+        2,
+        losses=2,
+        is_rowwise=False,
+        mixes_tokens=True,
+    ),
+    "moe_layer_template": Case(
+        layers.MoE,
+        {
+            "num_experts": 3,
+            "experts": {
+                "module": "keras.layers",
+                "class_name": "Dense",
+                "config": {"units": D, "activation": "tanh"},
+                "registered_name": None,
+            },
+        },
+        7,
+        2,
+        losses=2,
+    ),
+    "switch_ffn": Case(
+        layers.SwitchFFN,
+        {"num_experts": 4, "hidden_dim": 8},
+        5,
+        2,
+        losses=1,
+        seeds=1,
+        is_rowwise=False,
+        is_batchwise=False,
+    ),
+    "soft_moe": Case(
+        layers.SoftMoE,
+        {"num_experts": 4, "hidden_dim": 8, "slots_per_expert": 2},
+        6,
+        2,
+        is_rowwise=False,
+        mixes_tokens=True,
+    ),
+    "mmoe_list": Case(
+        layers.MMoE, {"num_experts": 4, "expert_units": [8, 5], "tasks": 3}, 5, 3, output_dim=5
+    ),
+    "mmoe_dict": Case(
+        layers.MMoE,
+        {"num_experts": 4, "expert_units": 5, "tasks": ["click", "like"], "gate_units": [7]},
+        5,
+        3,
+        output_dim=5,
+    ),
+}
+
+CHECKS = [
+    contract.check_keras_layer_test,
+    contract.check_config_is_json,
+    contract.check_any_rank,
+    contract.check_unknown_sizes,
+    contract.check_empty_batch,
+    contract.check_one_token_and_more_experts_than_tokens,
+    contract.check_inference_is_deterministic,
+    contract.check_examples_are_independent,
+    contract.check_padding_changes_nothing,
+    contract.check_everything_masked,
+    contract.check_padding_is_not_counted,
+    contract.check_bad_row_stays_alone,
+    contract.check_experts_start_different,
+    contract.check_mixed_precision,
+    contract.check_return_routing,
+    contract.check_mask_goes_on,
+    contract.check_bad_inputs,
+]
+
+cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+
+
+@cases
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_layer_contract(case, check):
+    check(case)
+
+
+def _arrays():
+    x = contract.tokens(batch=7)
+    return x, x.mean(axis=-1, keepdims=True)
+
+
+class _Batches(keras.utils.PyDataset):
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        x, y = _arrays()
+        return x[2 * index : 2 * index + 2 + index % 2], y[2 * index : 2 * index + 2 + index % 2]
+
+
+def _generator():
+    for _ in range(2):
+        for index in range(3):
+            yield _Batches()[index]
+
+
+def _tf_data():
+    import tensorflow as tf
+
+    return tf.data.Dataset.from_tensor_slices(_arrays()).batch(3)
+
+
+# JAX compiles anyway; torch compiles with inductor, a C++ compiler and a minute per layer.
+COMPILED = {"jax": [True], "tensorflow": [True, False], "torch": [False]}
+
+
+@cases
+@pytest.mark.parametrize("jit_compile", COMPILED[keras.backend.backend()])
+def test_fit(case, jit_compile):
+    contract.check_fit(case, jit_compile, _Batches)
+
+
+@pytest.mark.parametrize("name", ["moe", "switch_ffn", "soft_moe", "mmoe_list"])
+@pytest.mark.parametrize("data", [_generator, _tf_data])
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")
+def test_fit_any_data(name, data):
+    contract.check_fit(CASES[name], COMPILED[keras.backend.backend()][0], data)
+
+
+@cases
+def test_save_and_load(case, tmp_path):
+    contract.check_save_and_load(case, tmp_path / "model.keras")
+
+
+@cases
+def test_weights_file(case, tmp_path):
+    def model():
+        inputs = keras.Input((None, D))
+        return keras.Model(inputs, keras.tree.flatten(case.make()(inputs)))
+
+    source, target, x = model(), model(), contract.tokens()
+    source.save_weights(tmp_path / "model.weights.h5")
+    target.load_weights(tmp_path / "model.weights.h5")
+    outputs, loaded = source.predict_on_batch(x), target.predict_on_batch(x)
+    for a, b in zip(contract.arrays(outputs), contract.arrays(loaded), strict=True):
+        np.testing.assert_array_equal(a, b)

@@ -1,0 +1,64 @@
+"""The auxiliary losses of token-choice routers, with their gradients."""
+
+import numpy as np
+
+
+def softmax(x):
+    """Of one vector."""
+    e = np.exp(x - np.max(x))
+    return e / np.sum(e)
+
+
+def softmax_backward(p, dp):
+    return p * (dp - np.sum(dp * p))
+
+
+def logsumexp(x):
+    return np.max(x) + np.log(np.sum(np.exp(x - np.max(x))))
+
+
+def loads(experts, is_token, num_experts):
+    """How often each expert was chosen by a real token."""
+    load = np.zeros(num_experts)
+    for n in range(len(experts)):
+        if is_token[n]:
+            for e in experts[n]:
+                load[e] += 1
+    return load
+
+
+def balance(probabilities, experts, is_token):
+    """E sum_e f_e P_e, and its gradient by the probabilities (f is a constant).
+
+    f_e is the share of expert e in all assignments of real tokens, P_e its mean probability over
+    real tokens. Both are 1/E at perfect balance, where the loss is 1.
+    """
+    num_tokens, num_experts = probabilities.shape
+    count = int(np.sum(is_token))
+    gradient = np.zeros_like(probabilities)
+    if count == 0:
+        return 0.0, gradient
+    load = loads(experts, is_token, num_experts)
+    f = load / np.sum(load)
+    value = 0.0
+    for n in range(num_tokens):
+        if is_token[n]:
+            for e in range(num_experts):
+                value += num_experts * f[e] * probabilities[n, e] / count
+                gradient[n, e] = num_experts * f[e] / count
+    return value, gradient
+
+
+def z_loss(logits, is_token):
+    """Mean over real tokens of logsumexp(logits)^2, and its gradient by the logits."""
+    count = int(np.sum(is_token))
+    gradient = np.zeros_like(logits)
+    if count == 0:
+        return 0.0, gradient
+    value = 0.0
+    for n in range(len(logits)):
+        if is_token[n]:
+            lse = logsumexp(logits[n])
+            value += lse**2 / count
+            gradient[n] = 2.0 * lse * softmax(logits[n]) / count
+    return value, gradient
