@@ -9,7 +9,7 @@ TFRS := TF_USE_LEGACY_KERAS=1 KERAS_BACKEND=tensorflow
 PYTEST := $(BIN)/python -m pytest -n 2
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: demo test lint docs test-jax test-tensorflow test-torch test-tfrs test-once clean
+.PHONY: demo test lint docs test-jax test-tensorflow test-torch test-tfrs test-once constraints clean
 
 demo: $(VENV)/.demo
 	$(TFRS) $(BIN)/python examples/recommend_movies.py
@@ -53,6 +53,10 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) install -c constraints.txt hatchling editables
 	$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]'
 	touch $@ $(VENV)/.demo
+
+constraints: $(VENV)/.dev
+	(echo "# The versions that passed, for Python 3.11 on Linux. Written by 'make constraints'."; \
+	 $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//') > constraints.txt
 
 clean:
 	rm -rf $(VENV) build dist site results

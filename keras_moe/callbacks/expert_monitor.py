@@ -1,5 +1,6 @@
 """Whether the experts live, in the progress bar and in the history."""
 
+from collections import Counter
 from typing import Any
 
 import keras
@@ -93,9 +94,14 @@ def counting_layers(model: Any) -> list[Any]:
 
 
 def unique_names(layers: list[Any]) -> list[tuple[str, Any]]:
-    """Names the layers by their own name, or by their path where two share one."""
-    names = [layer.name for layer in layers]
-    return [(layer.name if names.count(layer.name) == 1 else layer.path, layer) for layer in layers]
+    """Names the layers by their own name: "moe", then "moe#2" for a second "moe"."""
+    seen: Counter[str] = Counter()
+    named = []
+    for layer in layers:
+        seen[layer.name] += 1
+        count = seen[layer.name]
+        named.append((layer.name if count == 1 else f"{layer.name}#{count}", layer))
+    return named
 
 
 def health(now: Counts, before: Counts, capacity_factor: float | None) -> dict[str, float]:

@@ -109,7 +109,7 @@ def test_nested_models_and_equal_names():
     model.compile("sgd", "mse")
     x = np.random.default_rng(0).normal(size=(8, 6)).astype("float32")
     history = model.fit(x, x, verbose=0, callbacks=[callbacks.ExpertMonitor()]).history
-    assert len([key for key in history if key.endswith("load_cv")]) == 2
+    assert {"moe/load_cv", "moe#2/load_cv"} < set(history)
 
 
 def test_a_model_without_mixtures_is_left_alone():
