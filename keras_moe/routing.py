@@ -33,7 +33,9 @@ class SoftRouting(NamedTuple):
     """The mixing weights of `SoftMoE`, `(batch, tokens, E, P)` each, all float32.
 
     Attributes:
-        dispatch: the share of each token in each slot's input; sums to 1 over the tokens.
+        dispatch: the share of each token in each slot's input; sums to 1 over the tokens. Of a
+            causal layer, `(batch, tokens, tokens, E, P)`: entry [b, n, m] is the share of token m
+            in the slots that token n reads, 0 for m > n.
         combine: the share of each slot's output in each token; sums to 1 over all slots.
         logits: the scores both are a softmax of.
     """

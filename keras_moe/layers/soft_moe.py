@@ -36,7 +36,7 @@ class SoftMoE(ExpertFeedForward):
     y[b,n,:]        = sum_ep softmax_ep(logits)[b,n,e,p] expert_e(slots[b,e,p,:])
 
     Nothing is dropped, no loss is needed, and no example sees another. Every token sees the whole
-    sequence, so the layer is not causal: it belongs in encoders.
+    sequence, unless `causal`: the layer belongs in encoders.
 
     Args:
         num_experts: Positive integer, the number of experts E.
@@ -44,6 +44,9 @@ class SoftMoE(ExpertFeedForward):
             are Keras layers. Defaults to `None`.
         slots_per_expert: Positive integer, the slots P of each expert. Defaults to `1` (the
             paper's).
+        causal: Whether token n's output depends on tokens 0 to n alone: it is what the layer would
+            give token n of the sequence cut off after it. Exact, and n times the expert work: each
+            token has its own slots. Defaults to `False`.
         experts: `"mlp"`, `"glu"`, a Keras layer that is copied E times, or a list of E Keras
             layers. Defaults to `"mlp"`.
         output_dim: Positive integer, the output width; None for the inputs' width d. Defaults to
@@ -77,7 +80,7 @@ class SoftMoE(ExpertFeedForward):
 
     Returns:
         The outputs, or the outputs and the `SoftRouting`, `(batch, tokens, E, P)`, with
-        `return_routing=True`.
+        `return_routing=True` (see there for `causal`).
 
     Raises:
         ValueError: on sizes that are not positive, inputs of rank 1, or a mask that has not one
@@ -101,6 +104,7 @@ class SoftMoE(ExpertFeedForward):
         hidden_dim: int | None = None,
         *,
         slots_per_expert: int = 1,
+        causal: bool = False,
         experts: Any = "mlp",
         output_dim: int | None = None,
         activation: Activation = "gelu",
@@ -138,12 +142,14 @@ class SoftMoE(ExpertFeedForward):
             **kwargs,
         )
         self.slots_per_expert = _checks.positive_int("slots_per_expert", slots_per_expert)
+        self.causal = bool(causal)
         self.phi_initializer = keras.initializers.get(phi_initializer)
         self.scale_initializer = keras.initializers.get(scale_initializer)
         self.phi_regularizer = keras.regularizers.get(phi_regularizer)
         self.router = SoftRouter(
             self.num_experts,
             self.slots_per_expert,
+            causal=self.causal,
             phi_initializer=self.phi_initializer,
             scale_initializer=self.scale_initializer,
             phi_regularizer=self.phi_regularizer,
@@ -172,25 +178,32 @@ class SoftMoE(ExpertFeedForward):
 
         routing = self.router(tokens, mask=token_mask)
         num_slots = self.num_experts * self.slots_per_expert
-        dispatch, combine = (
-            ops.reshape(ops.cast(weights, self.compute_dtype), (batch, count, num_slots))
-            for weights in (routing.dispatch, routing.combine)
-        )
-        mixed = ops.matmul(ops.transpose(dispatch, (0, 2, 1)), tokens)  # (b, e p, d)
-        mixed = ops.reshape(mixed, (batch, self.num_experts, self.slots_per_expert, width))
-        mixed = ops.reshape(
-            ops.transpose(mixed, (1, 0, 2, 3)),
-            (self.num_experts, batch * self.slots_per_expert, width),
-        )
-        outputs = self.experts(mixed, training=training)
-        output_dim = outputs.shape[-1]
-        outputs = ops.reshape(outputs, (self.num_experts, batch, self.slots_per_expert, output_dim))
-        outputs = ops.reshape(ops.transpose(outputs, (1, 0, 2, 3)), (batch, num_slots, output_dim))
-        outputs = zero_where_padded(ops.matmul(combine, outputs), token_mask)
+        # Sets of slots per sequence, and the tokens that read one set.
+        sets, readers = (count, 1) if self.causal else (1, count)
+        dispatch = ops.cast(routing.dispatch, self.compute_dtype)
+        dispatch = ops.reshape(dispatch, (batch, sets, count, num_slots))
+        mixed = ops.matmul(ops.transpose(dispatch, (0, 1, 3, 2)), ops.expand_dims(tokens, 1))
+        outputs = self._apply_experts(mixed, training)  # (b, sets, e p, out)
+        combine = ops.cast(routing.combine, self.compute_dtype)
+        combine = ops.reshape(combine, (batch, sets, readers, num_slots))
+        outputs = ops.reshape(ops.matmul(combine, outputs), (batch, count, outputs.shape[-1]))
+        outputs = zero_where_padded(outputs, token_mask)
         if training:
             self._count(routing, token_mask)
-        outputs = ops.reshape(outputs, (*token_axes, output_dim))
+        outputs = ops.reshape(outputs, (*token_axes, outputs.shape[-1]))
         return (outputs, routing) if return_routing else outputs
+
+    def _apply_experts(self, slots: Tensor, training: bool | None) -> Tensor:
+        """Runs each expert on its slots, `(b, sets, e p, d) -> (b, sets, e p, out)`."""
+        batch, sets, num_slots, width = ops.shape(slots)
+        experts, each = self.num_experts, self.slots_per_expert
+        rows = ops.transpose(ops.reshape(slots, (batch * sets, experts, each, width)), (1, 0, 2, 3))
+        rows = ops.reshape(rows, (experts, batch * sets * each, slots.shape[-1]))
+        outputs = self.experts(rows, training=training)
+        output_dim = outputs.shape[-1]
+        outputs = ops.reshape(outputs, (experts, batch * sets, each, output_dim))
+        outputs = ops.transpose(outputs, (1, 0, 2, 3))
+        return ops.reshape(outputs, (batch, sets, num_slots, output_dim))
 
     def _count(self, routing: SoftRouting, mask: Tensor | None) -> None:
         shape = ops.shape(routing.combine)
@@ -235,6 +248,7 @@ class SoftMoE(ExpertFeedForward):
         return {
             **super().get_config(),
             "slots_per_expert": self.slots_per_expert,
+            "causal": self.causal,
             "phi_initializer": keras.initializers.serialize(self.phi_initializer),
             "scale_initializer": keras.initializers.serialize(self.scale_initializer),
             "phi_regularizer": keras.regularizers.serialize(self.phi_regularizer),

@@ -26,6 +26,8 @@ class SoftRouter(keras.layers.Layer):
     Args:
         num_experts: Positive integer, the number of experts E.
         slots_per_expert: Positive integer, the slots P of each expert. Defaults to `1`.
+        causal: Whether the slots that a token reads mix only the tokens up to it: one set of slots
+            per token. Defaults to `False`.
         phi_initializer: Initializer of `phi`. Its size cancels in the norm; defaults to
             `"lecun_normal"` over d, as in vmoe.
         scale_initializer: Initializer of the scalar `scale`. Defaults to `"ones"`.
@@ -36,7 +38,8 @@ class SoftRouter(keras.layers.Layer):
         mask: bool `(batch, n)`, False at padding, or None.
 
     Returns:
-        A `keras_moe.SoftRouting` of shape `(batch, n, E, P)`.
+        A `keras_moe.SoftRouting` of shape `(batch, n, E, P)`; with `causal`, its `dispatch` is
+        `(batch, n, n, E, P)`.
 
     Reference:
         Puigcerver et al. 2023, "From Sparse to Soft Mixtures of Experts", algorithms 1 and 2.
@@ -47,6 +50,7 @@ class SoftRouter(keras.layers.Layer):
         num_experts: int,
         slots_per_expert: int = 1,
         *,
+        causal: bool = False,
         phi_initializer: InitializerLike = "lecun_normal",
         scale_initializer: InitializerLike = "ones",
         phi_regularizer: RegularizerLike = None,
@@ -56,6 +60,7 @@ class SoftRouter(keras.layers.Layer):
         super().__init__(**kwargs)
         self.num_experts = _checks.positive_int("num_experts", num_experts)
         self.slots_per_expert = _checks.positive_int("slots_per_expert", slots_per_expert)
+        self.causal = bool(causal)
         self.phi_initializer = keras.initializers.get(phi_initializer)
         self.scale_initializer = keras.initializers.get(scale_initializer)
         self.phi_regularizer = keras.regularizers.get(phi_regularizer)
@@ -88,27 +93,45 @@ class SoftRouter(keras.layers.Layer):
         phi = ops.reshape(self.phi, (-1, num_slots))
         phi = self.scale * _l2_normalize(phi, axis=0)
         logits = ops.matmul(_l2_normalize(inputs, axis=-1), phi)  # (b, n, e p)
-        if mask is None:
-            dispatch = softmax(logits, axis=1)
-        else:
-            is_token = ops.expand_dims(mask, -1)
-            visible = ops.where(is_token, logits, ops.full_like(logits, -1e30))
-            # A fully padded sequence has a uniform softmax, which the mask then sets to zero.
-            dispatch = ops.where(is_token, softmax(visible, axis=1), ops.zeros_like(logits))
-        shape = (batch, count, self.num_experts, self.slots_per_expert)
+        prefixes = (count,) if self.causal else ()
+        slots = (self.num_experts, self.slots_per_expert)
         return SoftRouting(
-            dispatch=ops.reshape(dispatch, shape),
-            combine=ops.reshape(softmax(logits, axis=-1), shape),
-            logits=ops.reshape(logits, shape),
+            dispatch=ops.reshape(self._dispatch(logits, mask), (batch, *prefixes, count, *slots)),
+            combine=ops.reshape(softmax(logits, axis=-1), (batch, count, *slots)),
+            logits=ops.reshape(logits, (batch, count, *slots)),
         )
+
+    def _dispatch(self, logits: Tensor, mask: Tensor | None) -> Tensor:
+        """Softmax over the tokens that a slot may see, `(b, n, s)`, or `(b, prefix, n, s)`."""
+        visible = None if mask is None else ops.expand_dims(mask, -1)  # (b, n, 1)
+        if self.causal:
+            position = ops.arange(ops.shape(logits)[1], dtype="int32")
+            is_past = (position <= ops.expand_dims(position, -1))[None, :, :, None]
+            visible = is_past if visible is None else ops.logical_and(is_past, visible[:, None])
+            logits = ops.expand_dims(logits, 1)
+        if visible is None:
+            return softmax(logits, axis=-2)
+        seen = softmax(ops.where(visible, logits, ops.full_like(logits, -1e30)), axis=-2)
+        # Where nothing is visible the softmax is uniform, and set to zero here.
+        return ops.where(visible, seen, ops.zeros_like(seen))
 
     def compute_output_spec(self, inputs: Tensor, mask: Tensor | None = None) -> SoftRouting:
         return self.routing_spec(tuple(inputs.shape)[:-1])
 
     def routing_spec(self, leading: tuple[int | None, ...]) -> SoftRouting:
         """The `SoftRouting` of symbolic tensors whose batch and token axes are `leading`."""
-        shape = (*leading, self.num_experts, self.slots_per_expert)
-        return SoftRouting(*(keras.KerasTensor(shape, dtype="float32") for _ in range(3)))
+        batch, count = leading
+        slots = (self.num_experts, self.slots_per_expert)
+        prefixes = (count,) if self.causal else ()
+
+        def spec(*shape: int | None) -> Tensor:
+            return keras.KerasTensor(shape, dtype="float32")
+
+        return SoftRouting(
+            dispatch=spec(batch, *prefixes, count, *slots),
+            combine=spec(batch, count, *slots),
+            logits=spec(batch, count, *slots),
+        )
 
     def get_config(self) -> Config:
         config: Config = super().get_config()
@@ -116,6 +139,7 @@ class SoftRouter(keras.layers.Layer):
             **config,
             "num_experts": self.num_experts,
             "slots_per_expert": self.slots_per_expert,
+            "causal": self.causal,
             "phi_initializer": keras.initializers.serialize(self.phi_initializer),
             "scale_initializer": keras.initializers.serialize(self.scale_initializer),
             "phi_regularizer": keras.regularizers.serialize(self.phi_regularizer),

@@ -109,6 +109,14 @@ CASES = {
         is_rowwise=False,
         mixes_tokens=True,
     ),
+    "soft_moe_causal": Case(
+        layers.SoftMoE,
+        {"num_experts": 3, "hidden_dim": 8, "slots_per_expert": 2, "causal": True},
+        6,
+        2,
+        is_rowwise=False,
+        mixes_tokens=True,
+    ),
     "mmoe_list": Case(
         layers.MMoE, {"num_experts": 4, "expert_units": [8, 5], "tasks": 3}, 5, 3, output_dim=5
     ),

@@ -435,7 +435,9 @@ def test_copies_of_a_template_start_different(seed):
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
 def test_router_stays_float32(policy):
     """bfloat16 logits change the choice of 1 to 5 % of tokens; the router is float32 by intent."""
-    layer = make(layers.MoE(5, 6, dtype=policy))
+    keras.config.set_dtype_policy(policy)
+    layer = make(layers.MoE(5, 6))
+    assert layer.compute_dtype != "float32"
     x = np.round(8 * tokens(9)) / 8  # exact in the compute dtype
     (_, routing), losses = helpers.call(layer, x.astype("float32"), return_routing=True)
     kernel = ops.convert_to_numpy(layer.router.kernel)
@@ -445,21 +447,24 @@ def test_router_stays_float32(policy):
 
 
 @pytest.mark.parametrize(
-    ("policy", "large"), [("mixed_bfloat16", 256.0), ("mixed_float16", 2048.0)]
+    ("policy", "step"), [("mixed_bfloat16", 2.0**-4), ("mixed_float16", 2.0**-7)]
 )
 @pytest.mark.parametrize("carrier", CARRIERS)
-def test_sums_over_k_are_float32(policy, large, carrier):
-    """Eight halves vanish one by one beside a large term where the sum is in the compute dtype."""
+def test_sums_over_k_are_float32(policy, step, carrier):
+    """Eight terms of 1 + step / 9 and one of -8: what is left lies below the compute dtype's ulp.
+
+    The experts' outputs 9 + step and -72 are exact in it, their products with the gate 1/9 not.
+    """
     layer = layers.MoE(9, 2, router="dense", dtype=policy, **CARRIERS[carrier])
     layer.build((None, D))
     for variable in layer.trainable_variables:
         variable.assign(np.zeros(variable.shape, "float32"))  # gates are 1/9, experts their bias
-    bias = np.full((9, D), 4.5, "float32")
-    bias[0] = 9 * large
+    bias = np.full((9, D), 9.0 + step, "float32")
+    bias[4] = -72.0
     weights = {helpers.path_of(layer, v): v for v in layer.trainable_variables}
     weights["experts/bias_1"].assign(bias)
     outputs, _ = helpers.call(layer, tokens(3))
-    np.testing.assert_array_equal(outputs.astype("float32"), large + 4.0)
+    np.testing.assert_allclose(outputs.astype("float32"), 8 * step / 9, rtol=0.01)
 
 
 # === Bad tokens ===
