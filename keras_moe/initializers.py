@@ -71,12 +71,7 @@ class PerExpertInitializer(keras.initializers.Initializer):
         )
 
     def _of_expert(self, expert: int) -> FiniteInitializer:
-        initializer = self.initializer
-        if isinstance(initializer, keras.initializers.Initializer):
-            config = initializer.get_config()
-            if "seed" in config:  # one instance draws the same numbers at every call
-                initializer = type(initializer).from_config(reseeded(config, self.weight, expert))
-        return FiniteInitializer(initializer, self.weight)
+        return FiniteInitializer(reseeded(self.initializer, self.weight, expert), self.weight)
 
     def get_config(self) -> Config:
         return {
@@ -85,20 +80,33 @@ class PerExpertInitializer(keras.initializers.Initializer):
         }
 
 
-def reseeded(config: Any, purpose: str, expert: int) -> Any:
-    """Copies a Keras config with every integer seed replaced by one of this expert's own."""
+def reseeded(initializer: InitializerLike, purpose: str, index: int = 0) -> InitializerLike:
+    """An initializer with a seed of its own for `purpose`; itself where it takes no seed."""
+    if not isinstance(initializer, keras.initializers.Initializer):
+        return initializer
+    config = initializer.get_config()
+    if "seed" not in config:
+        return initializer
+    return type(initializer).from_config(reseeded_config(config, purpose, index))
+
+
+def reseeded_config(config: Any, purpose: str, index: int = 0) -> Any:
+    """Copies a Keras config with every integer seed replaced by one derived for `purpose`."""
     if isinstance(config, dict):
         return {
-            key: _derived_seed(value, purpose, expert)
+            key: derived_seed(value, purpose, index)
             if key == "seed" and isinstance(value, int)
-            else reseeded(value, purpose, expert)
+            else reseeded_config(value, purpose, index)
             for key, value in config.items()
         }
     if isinstance(config, list | tuple):
-        return type(config)(reseeded(value, purpose, expert) for value in config)
+        return type(config)(reseeded_config(value, purpose, index) for value in config)
     return config
 
 
-def _derived_seed(seed: int, purpose: str, expert: int) -> int:
-    entropy = [seed % 2**32, *purpose.encode(), expert]
+def derived_seed(seed: int | None, purpose: str, index: int = 0) -> int | None:
+    """A seed of its own for each purpose and index; None, for a random one, stays None."""
+    if seed is None:
+        return None
+    entropy = [seed % 2**32, *purpose.encode(), index]
     return int(np.random.SeedSequence(entropy).generate_state(1)[0] >> 1)  # fits in int32

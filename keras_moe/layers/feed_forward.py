@@ -8,6 +8,7 @@ import keras
 from keras import ops
 
 from keras_moe import _checks
+from keras_moe.initializers import derived_seed, reseeded
 from keras_moe.layers.experts import ExpertMLP
 from keras_moe.layers.layer_experts import LayerExperts
 from keras_moe.layers.sublayers import build_once, config_of
@@ -124,13 +125,13 @@ class ExpertFeedForward(keras.layers.Layer):
             gated=_NAMED_EXPERTS.get(self._experts_name or "mlp", False),
             dropout=self.dropout,
             use_bias=self.use_bias,
-            kernel_initializer=self.kernel_initializer,
-            bias_initializer=self.bias_initializer,
+            kernel_initializer=reseeded(self.kernel_initializer, name),
+            bias_initializer=reseeded(self.bias_initializer, name),
             kernel_regularizer=self.kernel_regularizer,
             bias_regularizer=self.bias_regularizer,
             kernel_constraint=self.kernel_constraint,
             bias_constraint=self.bias_constraint,
-            seed=self.seed,
+            seed=derived_seed(self.seed, name),
             name=name,
             dtype=self.dtype_policy,
         )

@@ -7,7 +7,7 @@ import keras
 from keras import ops
 
 from keras_moe import _checks
-from keras_moe.initializers import reseeded
+from keras_moe.initializers import reseeded_config
 from keras_moe.layers.sublayers import build_once, config_of
 from keras_moe.types import Config, Shape, Tensor
 
@@ -74,7 +74,7 @@ class LayerExperts(keras.layers.Layer):
 
     @staticmethod
     def _copy(template: Config, expert: int) -> keras.layers.Layer:
-        copy = keras.saving.deserialize_keras_object(reseeded(template, "experts", expert))
+        copy = keras.saving.deserialize_keras_object(reseeded_config(template, "experts", expert))
         copy.name = f"expert_{expert}"
         return copy
 

@@ -7,6 +7,7 @@ import keras
 from keras import ops
 
 from keras_moe import _checks, _numerics
+from keras_moe.initializers import derived_seed, reseeded
 from keras_moe.layers.experts import ExpertMLP, checked_units
 from keras_moe.layers.feed_forward import flat_mask, zero_where_padded
 from keras_moe.layers.naming import name_or_default
@@ -137,7 +138,7 @@ class MMoE(keras.layers.Layer):
             "bias_regularizer": bias_regularizer,
             "kernel_constraint": kernel_constraint,
             "bias_constraint": bias_constraint,
-            "seed": seed,
+            "seed": derived_seed(seed, "experts"),
             "dtype": self.dtype_policy,
         }
         self.experts = ExpertMLP(
@@ -149,7 +150,11 @@ class MMoE(keras.layers.Layer):
         )
         self.gate_hidden: ExpertMLP | None = None
         if self.gate_units:
+            # No dropout here, and other numbers than the experts' from the same initializer.
             bank_arguments["dropout"] = 0.0
+            for initializer in ("kernel_initializer", "bias_initializer"):
+                given = keras.initializers.get(bank_arguments[initializer])
+                bank_arguments[initializer] = reseeded(given, "gate_hidden")
             self.gate_hidden = ExpertMLP(
                 self.num_tasks, self.gate_units, name="gate_hidden", **bank_arguments
             )

@@ -399,6 +399,35 @@ def test_shared_experts_differ_from_the_routed_ones():
         assert np.abs(weights[f"experts/{name}"] - weights[f"shared_experts/{name}"]).max() > 0.1
 
 
+def test_gate_layers_differ_from_the_experts():
+    """The same for the hidden layers of MMoE's gates."""
+    layer = layers.MMoE(
+        3, [5], 3, gate_units=[5], kernel_initializer=keras.initializers.GlorotUniform(seed=7)
+    )
+    layer.build((None, D))
+    weights = helpers.weights_of(layer)
+    assert np.abs(weights["experts/kernel_0"] - weights["gate_hidden/kernel_0"]).max() > 0.1
+
+
+def test_one_seed_gives_every_part_its_own_noise():
+    """Dropout of routed and shared experts and the router's jitter must not be one mask."""
+    layer = layers.MoE(4, 8, router="switch", num_shared_experts=1, dropout=0.5, seed=3)
+    layer.build((None, D))
+    states = [
+        tuple(keras.ops.convert_to_numpy(v.value))
+        for v in layer.non_trainable_variables
+        if "seed_generator_state" in v.path
+    ]
+    assert len(states) == len(set(states)) == 3
+    again = layers.MoE(4, 8, router="switch", num_shared_experts=1, dropout=0.5, seed=3)
+    again.build((None, D))
+    assert states == [
+        tuple(keras.ops.convert_to_numpy(v.value))
+        for v in again.non_trainable_variables
+        if "seed_generator_state" in v.path
+    ]
+
+
 def test_soft_moe_and_mmoe_start_with_their_own_fans():
     """Keras counts every axis but the last two of `phi` and of stacked gates in the fan."""
     soft = layers.SoftMoE(16, 8, slots_per_expert=8)
