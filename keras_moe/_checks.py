@@ -28,6 +28,13 @@ def positive_int(name: str, value: Any) -> int:
     return int(value)
 
 
+def integer(name: str, value: Any) -> int:
+    """Returns `value` as an `int`."""
+    if not _is_integer(value):
+        fail(f"`{name}` must be an integer or None.", **{name: value})
+    return int(value)
+
+
 def int_at_least(name: str, value: Any, low: int) -> int:
     """Returns `value` as an `int` of at least `low`."""
     if not _is_integer(value) or value < low:
@@ -58,7 +65,7 @@ def positive(name: str, value: Any) -> float:
     return number
 
 
-def share(name: str, value: Any) -> float:
+def rate(name: str, value: Any) -> float:
     """Returns `value` as a `float` in [0, 1)."""
     number = _number(name, value, "a number in [0, 1)")
     if not 0 <= number < 1:

@@ -71,7 +71,8 @@ class PerExpertInitializer(keras.initializers.Initializer):
         )
 
     def _of_expert(self, expert: int) -> FiniteInitializer:
-        return FiniteInitializer(reseeded(self.initializer, self.weight, expert), self.weight)
+        purpose = self.weight.rsplit("/")[-1]
+        return FiniteInitializer(reseeded(self.initializer, purpose, expert), self.weight)
 
     def get_config(self) -> Config:
         return {
@@ -85,9 +86,15 @@ def reseeded(initializer: InitializerLike, purpose: str, index: int = 0) -> Init
     if not isinstance(initializer, keras.initializers.Initializer):
         return initializer
     config = initializer.get_config()
-    if "seed" not in config:
+    if not _has_seed(config):
         return initializer
     return type(initializer).from_config(reseeded_config(config, purpose, index))
+
+
+def _has_seed(config: Any) -> bool:
+    if isinstance(config, dict):
+        return "seed" in config or any(_has_seed(value) for value in config.values())
+    return isinstance(config, list | tuple) and any(_has_seed(value) for value in config)
 
 
 def reseeded_config(config: Any, purpose: str, index: int = 0) -> Any:

@@ -147,8 +147,11 @@ def check_unknown_sizes(case: Case) -> None:
 def check_empty_batch(case: Case) -> None:
     for shape in [(0, 3, D), (2, 0, D), (0, D)]:
         for training in (False, True):
-            outputs = arrays(run(case.make(), np.zeros(shape, "float32"), training=training))
+            layer = case.make()
+            outputs = arrays(run(layer, np.zeros(shape, "float32"), training=training))
             assert all(o.shape == (*shape[:-1], case.output_dim) for o in outputs)
+            assert all(np.isfinite(loss).all() for loss in arrays(layer.losses))
+            assert all(np.all(count == 0) for count in layer.running_counts().values())
 
 
 def check_one_token_and_more_experts_than_tokens(case: Case) -> None:
@@ -274,6 +277,25 @@ def check_mixed_precision(case: Case) -> None:
                 assert sublayer.compute_dtype == "float32"
         for loss in keras.tree.flatten(layer.losses):
             assert keras.backend.standardize_dtype(loss.dtype) == "float32"
+
+
+def check_pure_precision(case: Case) -> None:
+    """Outputs and weights in the policy's dtype, near the float32 ones."""
+    reference, x = case.make(**_without_drops(case)), tokens()
+    expected = arrays(run(reference, x))
+    # JAX has no float64 unless it is switched on for the whole process.
+    policies = ["bfloat16", "float16"] + ["float64"] * (keras.backend.backend() != "jax")
+    for policy in policies:
+        layer = case.make(**_without_drops(case), dtype=policy)
+        layer.build(x.shape)
+        layer.set_weights(reference.get_weights())
+        outputs = keras.tree.flatten(run(layer, x, training=False))
+        spec = keras.tree.flatten(layer(keras.Input((5, D), dtype=policy)))
+        for output, wanted, symbolic in zip(outputs, expected, spec, strict=True):
+            assert keras.backend.standardize_dtype(output.dtype) == symbolic.dtype == policy
+            got = ops.convert_to_numpy(ops.cast(output, "float32"))
+            tolerance = 1e-5 if policy == "float64" else 0.05
+            assert np.abs(got - wanted).max() < tolerance * np.abs(wanted).max()
 
 
 def check_fit(case: Case, jit_compile: bool, data: Callable[[], Any]) -> None:

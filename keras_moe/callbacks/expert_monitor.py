@@ -18,9 +18,10 @@ class ExpertMonitor(keras.callbacks.Callback):
     For each layer that counts (`MoE`, `SwitchFFN`, `SoftMoE`, `MMoE`, at any depth of the model),
     over the epoch so far, padding excluded:
 
-    - `{layer}/load_cv`: standard deviation of the experts' load over its mean. 0 is perfect
-      balance, sqrt(E - 1) one expert taking everything. For `MMoE` it is the gate weights', the
-      mean over tasks.
+    - `{layer}/load_cv`: standard deviation of the experts' load, assignments before drops, over its
+      mean. 0 is perfect balance, sqrt(E - 1) one expert taking everything. Where all experts take
+      part, `{layer}/importance_cv`, the same of their importance: of the combine weights of
+      `SoftMoE`, of the gate weights of `MMoE` (the mean over tasks).
     - `{layer}/dropped`: share of assignments dropped for lack of capacity; only for layers that
       have a capacity.
     - `{layer}/entropy`: mean entropy of the router in nats, between 0 and log(E); for `SoftMoE`
@@ -107,9 +108,10 @@ def unique_names(layers: list[Any]) -> list[tuple[str, Any]]:
 def health(now: Counts, before: Counts, capacity_factor: float | None) -> dict[str, float]:
     """The scalars of what was counted between two reads."""
     new = {key: np.asarray(now[key] - before[key]) for key in now}
-    load = np.atleast_2d(new["load"])
-    mean = load.mean(axis=-1)
-    values = {"load_cv": float((load.std(axis=-1) / np.maximum(mean, 1e-12)).mean())}
+    measure = "load" if "load" in new else "importance"
+    amounts = np.atleast_2d(new[measure])
+    mean = np.maximum(amounts.mean(axis=-1), 1e-12)
+    values = {f"{measure}_cv": float((amounts.std(axis=-1) / mean).mean())}
     if capacity_factor is not None:
         values["dropped"] = float(new["dropped"] / max(float(new["assignments"]), 1.0))
     values["entropy"] = float((new["entropy"] / max(float(new["decisions"]), 1.0)).mean())

@@ -15,7 +15,7 @@ from keras_moe.dispatch.plan import block_slots, sort_into_bins
 from keras_moe.routing import Routing
 from keras_moe.types import Config, Tensor
 
-_SMALLEST, _LARGEST = 8, 128
+_ROW_MULTIPLE = 8  # what vector units like, and the smallest block
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -61,22 +61,24 @@ class BlocksCarrier(Carrier):
         outputs = ops.reshape(outputs, (num_blocks * block_size, outputs.shape[-1]))
         return combine(outputs, slots, routing)
 
-    def rows_per_block(self, total: int | Tensor, num_experts: int) -> int:
-        """B, about a quarter of an expert's mean load: 25 % padding, a few weight reads each."""
+    def rows_per_block(self, total: int | Tensor, num_experts: int) -> int | Tensor:
+        """B, about a quarter of an expert's mean load, a multiple of 8.
+
+        Then at most about a quarter of the rows is padding, and the blocks' copies of the weights
+        are about five times the bank, however many tokens there are.
+        """
         if self.block_size is not None:
             return self.block_size
-        if not isinstance(total, int):
-            return 32  # a dynamic batch (TensorFlow graphs): static rows, dynamic block count
-        rows = _SMALLEST
-        while rows < _LARGEST and rows * 2 * 4 * num_experts <= total:
-            rows *= 2
-        return rows
+        rows = total // (4 * num_experts * _ROW_MULTIPLE) * _ROW_MULTIPLE
+        if isinstance(rows, int):
+            return max(rows, _ROW_MULTIPLE)
+        return ops.maximum(rows, _ROW_MULTIPLE)
 
     def get_config(self) -> Config:
         return {"block_size": self.block_size}
 
 
-def blocks_needed(total: int | Tensor, num_experts: int, block_size: int) -> int | Tensor:
+def blocks_needed(total: int | Tensor, num_experts: int, block_size: int | Tensor) -> int | Tensor:
     """The most blocks that `total` assignments to `num_experts` experts can fill, at least one."""
     bound = (total + num_experts * (block_size - 1)) // block_size
     if isinstance(total, int):

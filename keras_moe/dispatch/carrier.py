@@ -78,15 +78,21 @@ def bin_of_assignments(routing: Routing, num_experts: int, groups: int | Tensor 
 
 
 def gather_tokens(tokens: Tensor, slots: Slots) -> Tensor:
-    """The token in every slot, `(S, d)`; a row of zeros in the empty ones."""
-    count = ops.shape(tokens)[0]
-    total = ops.shape(slots.slot_of)[0]
-    token = ops.where(
-        slots.assignment < total,
-        ops.mod(slots.assignment, ops.maximum(count, 1)),
-        ops.cast(count, "int32"),
-    )
-    return ops.take(ops.concatenate([tokens, _zero_row(tokens)], axis=0), token, axis=0)
+    """The token in every slot, `(S, d)`.
+
+    An empty slot holds a copy of some token that was routed, and nobody reads what comes of it. A
+    row of zeros would be read by nobody either, but an expert with no gradient at zero (a norm)
+    would turn the zero cotangent into NaN.
+    """
+    count, total = ops.shape(tokens)[0], ops.shape(slots.slot_of)[0]
+    if isinstance(count, int) and count == 0:
+        return ops.zeros((ops.shape(slots.assignment)[0], tokens.shape[-1]), dtype=tokens.dtype)
+    filler = ops.min(slots.assignment)
+    assignment = ops.where(slots.assignment < total, slots.assignment, filler)
+    token = ops.mod(assignment, ops.maximum(count, 1))
+    if not isinstance(count, int):  # a dynamic batch may be empty: something must be there to take
+        tokens = ops.concatenate([tokens, _zero_row(tokens)], axis=0)
+    return ops.take(tokens, token, axis=0)
 
 
 def combine(outputs: Tensor, slots: Slots, routing: Routing) -> tuple[Tensor, Tensor]:

@@ -26,14 +26,12 @@ class DenseCarrier(Carrier):
     ) -> tuple[Tensor, Tensor]:
         del capacity, groups
         outputs = experts(ops.expand_dims(tokens, 0), training=training)
-        gates = self._gates(routing, experts.num_experts)
+        every_expert = ops.arange(experts.num_experts, dtype="int32")[:, None, None]
+        is_chosen = ops.equal(ops.expand_dims(routing.experts, 0), every_expert)  # (E, N, k)
+        is_chosen = ops.logical_and(is_chosen, ops.expand_dims(routing.kept, 0))
+        weights = ops.sum(ops.where(is_chosen, ops.expand_dims(routing.weights, 0), 0.0), axis=-1)
+        # An expert that overflows must not reach the tokens that did not choose it: Inf times 0.
+        is_read = ops.expand_dims(ops.any(is_chosen, axis=-1), -1)
+        outputs = ops.where(is_read, outputs, ops.zeros_like(outputs))
         dtype = keras.backend.standardize_dtype(outputs.dtype)
-        return weighted_sum(outputs, gates, dtype), routing.kept
-
-    @staticmethod
-    def _gates(routing: Routing, num_experts: int) -> Tensor:
-        """Spreads the chosen weights `(N, k)` over the experts, `(E, N)`."""
-        weights = ops.where(routing.kept, routing.weights, ops.zeros_like(routing.weights))
-        experts = ops.arange(num_experts, dtype="int32")[:, None, None]
-        is_chosen = ops.equal(ops.expand_dims(routing.experts, 0), experts)  # (E, N, k)
-        return ops.sum(ops.where(is_chosen, ops.expand_dims(weights, 0), 0.0), axis=-1)
+        return weighted_sum(outputs, weights, dtype), routing.kept

@@ -90,7 +90,9 @@ def capacity_slots(bins: Bins, capacity: int | Tensor) -> Slots:
     )
 
 
-def block_slots(bins: Bins, num_blocks: int | Tensor, block_size: int) -> tuple[Slots, Tensor]:
+def block_slots(
+    bins: Bins, num_blocks: int | Tensor, block_size: int | Tensor
+) -> tuple[Slots, Tensor]:
     """Lays bins out one after another, each padded to whole blocks: nothing is dropped.
 
     Args:

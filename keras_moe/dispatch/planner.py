@@ -72,7 +72,7 @@ def plan(
     """Describes the work of `carrier` on `num_tokens`; `rows` is the capacity's E C, if any."""
     assignments = max(num_tokens * top_k, 1)
     if isinstance(carrier, BlocksCarrier):
-        block_size = carrier.rows_per_block(num_tokens * top_k, num_experts)
+        block_size = int(carrier.rows_per_block(num_tokens * top_k, num_experts))
         rows = block_size * int(blocks_needed(num_tokens * top_k, num_experts, block_size))
         reason = f"dropless, each expert padded to blocks of {block_size} rows"
     elif isinstance(carrier, DenseCarrier):
@@ -81,7 +81,7 @@ def plan(
     else:
         reason = f"a capacity is set: {rows} slots in all"
     if dispatch != "auto":
-        reason = f"asked for by name; {reason}"
+        reason = f"asked for; {reason}"
     return DispatchPlan(carrier.name, rows / assignments, reason)
 
 

@@ -165,6 +165,7 @@ class KerasBridge(tf_keras.layers.Layer):
         self._track_trackable(variable.value, name=name, overwrite=True)
         # Keras 3 gives every kernel of a layer one TF name; the HDF5 format needs them unique.
         variable.value._handle_name = f"{name}/{variable.name}:0"
+        variable.value._constraint = variable.constraint  # which Keras 2 optimizers apply
 
     def _regularized_variables(self) -> list[Any]:
         return [v for v in self.layer.trainable_weights if v.regularizer is not None]

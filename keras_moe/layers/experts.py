@@ -8,6 +8,7 @@ import keras
 from keras import ops
 
 from keras_moe import _checks
+from keras_moe.constraints import per_expert
 from keras_moe.initializers import PerExpertInitializer
 from keras_moe.layers.naming import name_or_default
 from keras_moe.types import (
@@ -44,10 +45,10 @@ class ExpertMLP(keras.layers.Layer):
         use_bias: Whether the layers have biases. Defaults to `True`.
         kernel_initializer: Initializer of one expert's kernel. Defaults to `"glorot_uniform"`.
         bias_initializer: Initializer of one expert's bias. Defaults to `"zeros"`.
-        kernel_regularizer: Optional regularizer of the stacked kernels. Defaults to `None`.
-        bias_regularizer: Optional regularizer of the stacked biases. Defaults to `None`.
-        kernel_constraint: Optional constraint of the stacked kernels. Defaults to `None`.
-        bias_constraint: Optional constraint of the stacked biases. Defaults to `None`.
+        kernel_regularizer: Optional regularizer, called with stacked kernels. Defaults to `None`.
+        bias_regularizer: Optional regularizer, called with stacked biases. Defaults to `None`.
+        kernel_constraint: Optional constraint of one expert's kernels. Defaults to `None`.
+        bias_constraint: Optional constraint of one expert's biases. Defaults to `None`.
         seed: Optional integer, seed of the dropout. Defaults to `None`.
 
     Call arguments:
@@ -100,7 +101,7 @@ class ExpertMLP(keras.layers.Layer):
         self.activation = keras.activations.get(activation)
         self.gated = bool(gated)
         self.activate_last = bool(activate_last)
-        self.dropout = _checks.share("dropout", dropout)
+        self.dropout = _checks.rate("dropout", dropout)
         self.use_bias = bool(use_bias)
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.bias_initializer = keras.initializers.get(bias_initializer)
@@ -108,7 +109,7 @@ class ExpertMLP(keras.layers.Layer):
         self.bias_regularizer = keras.regularizers.get(bias_regularizer)
         self.kernel_constraint = keras.constraints.get(kernel_constraint)
         self.bias_constraint = keras.constraints.get(bias_constraint)
-        self.seed = seed
+        self.seed = _checks.optional(_checks.integer, "seed", seed)
         self.seed_generator = keras.random.SeedGenerator(seed) if self.dropout else None
 
     def build(self, input_shape: Any) -> None:
@@ -130,9 +131,9 @@ class ExpertMLP(keras.layers.Layer):
         return self.add_weight(
             name=name,
             shape=(self.num_experts, width, units),
-            initializer=PerExpertInitializer(self.kernel_initializer, f"experts/{name}"),
+            initializer=PerExpertInitializer(self.kernel_initializer, f"{self.name}/{name}"),
             regularizer=self.kernel_regularizer,
-            constraint=self.kernel_constraint,
+            constraint=per_expert(self.kernel_constraint),
         )
 
     def _add_bias(self, name: str, units: int) -> Any:
@@ -141,9 +142,9 @@ class ExpertMLP(keras.layers.Layer):
         return self.add_weight(
             name=name,
             shape=(self.num_experts, units),
-            initializer=PerExpertInitializer(self.bias_initializer, f"experts/{name}"),
+            initializer=PerExpertInitializer(self.bias_initializer, f"{self.name}/{name}"),
             regularizer=self.bias_regularizer,
-            constraint=self.bias_constraint,
+            constraint=per_expert(self.bias_constraint),
         )
 
     def call(

@@ -1,6 +1,5 @@
 """What `MoE` and `SoftMoE` share: a bank of feed-forward experts and its arguments."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from keras_moe import _checks
 from keras_moe.initializers import derived_seed, reseeded
 from keras_moe.layers.experts import ExpertMLP
 from keras_moe.layers.layer_experts import LayerExperts
-from keras_moe.layers.sublayers import build_once, config_of
+from keras_moe.layers.sublayers import adopt, build_once, config_of
 from keras_moe.types import (
     Activation,
     Config,
@@ -31,8 +30,8 @@ class ExpertFeedForward(keras.layers.Layer):
     Args:
         num_experts: Positive integer, the number of experts E.
         hidden_dim: The hidden width of named experts, or None where experts are Keras layers.
-        experts: `"mlp"`, `"glu"`, a Keras layer that is copied E times, a list of E Keras layers,
-            or the config of one of these.
+        experts: `"mlp"`, `"glu"`, a bank such as `ExpertMLP`, a Keras layer that is copied E times,
+            the config of one of these, or a list of E Keras layers.
         output_dim: The output width of named experts; None for the inputs'.
         activation: Activation of the hidden layer.
         use_bias: Whether experts have biases.
@@ -71,18 +70,18 @@ class ExpertFeedForward(keras.layers.Layer):
         self.output_dim = _checks.optional(_checks.positive_int, "output_dim", output_dim)
         self.activation = keras.activations.get(activation)
         self.use_bias = bool(use_bias)
-        self.dropout = _checks.share("dropout", dropout)
+        self.dropout = _checks.rate("dropout", dropout)
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.bias_initializer = keras.initializers.get(bias_initializer)
         self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
         self.bias_regularizer = keras.regularizers.get(bias_regularizer)
         self.kernel_constraint = keras.constraints.get(kernel_constraint)
         self.bias_constraint = keras.constraints.get(bias_constraint)
-        self.seed = seed
+        self.seed = _checks.optional(_checks.integer, "seed", seed)
         self.supports_masking = True
 
         self._experts_name = experts if isinstance(experts, str) else None
-        self.experts: Any = self._layer_experts(experts)
+        self.experts: Any = self._given_experts(experts)
         if self.experts is None and self.hidden_dim is None:
             _checks.fail(
                 "`hidden_dim` must be a positive integer where the layer builds the experts.",
@@ -90,24 +89,29 @@ class ExpertFeedForward(keras.layers.Layer):
             )
         if self.experts is not None and self.output_dim is not None:
             _checks.fail(
-                "`output_dim` must be None where `experts` are Keras layers, which set it "
-                "themselves.",
+                "`output_dim` must be None where `experts` are layers, which set it themselves.",
                 output_dim=self.output_dim,
             )
 
-    def _layer_experts(self, experts: Any) -> LayerExperts | None:
-        """The bank where experts are Keras layers; named ones are built once d is known."""
+    def _given_experts(self, experts: Any) -> Any:
+        """The bank where experts are objects; named ones are made once d is known, None here."""
         if isinstance(experts, str):
             _checks.one_of("experts", experts, _NAMED_EXPERTS)
             return None
         if isinstance(experts, dict):
             experts = keras.saving.deserialize_keras_object(experts)
-        if isinstance(experts, LayerExperts):
+        if isinstance(experts, keras.layers.Layer) and hasattr(experts, "num_experts"):
+            if experts.num_experts != self.num_experts:
+                _checks.fail(
+                    f"A bank of `experts` must have num_experts={self.num_experts}.",
+                    **{"experts.num_experts": experts.num_experts},
+                )
+            adopt(experts, "experts")
             return experts
         if not isinstance(experts, keras.layers.Layer | Sequence):
             _checks.fail(
-                f"`experts` must be one of {sorted(_NAMED_EXPERTS)}, a Keras layer or a list of "
-                "Keras layers.",
+                f"`experts` must be one of {sorted(_NAMED_EXPERTS)}, a bank such as `ExpertMLP`, a "
+                "Keras layer or a list of Keras layers.",
                 experts=experts,
             )
         return LayerExperts(experts, self.num_experts, name="experts", dtype=self.dtype_policy)
@@ -137,10 +141,10 @@ class ExpertFeedForward(keras.layers.Layer):
         )
 
     def _output_width(self, width: int) -> int:
-        if isinstance(self.experts, LayerExperts):
-            output_shape: tuple[Any, ...] = self.experts.compute_output_shape((1, None, width))
-            return int(output_shape[-1])
-        return self.output_dim or width
+        if self._experts_name is not None:
+            return self.output_dim or width
+        output_shape: tuple[Any, ...] = self.experts.compute_output_shape((1, None, width))
+        return int(output_shape[-1])
 
     def compute_output_shape(self, input_shape: Shape) -> Shape:
         width = _checks.token_shape(type(self).__name__, tuple(input_shape))
@@ -178,6 +182,7 @@ def flat_mask(layer: str, inputs: Tensor, mask: Tensor | None, axes: tuple[Any, 
     """Checks a mask and returns it as bool of shape `axes`, or None."""
     if mask is None:
         return None
+    mask = ops.convert_to_tensor(mask)
     _checks.mask_shape(layer, inputs, mask)
     return ops.reshape(ops.cast(mask, "bool"), axes)
 
@@ -187,8 +192,3 @@ def zero_where_padded(rows: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return rows
     return ops.where(ops.expand_dims(mask, -1), rows, ops.zeros_like(rows))
-
-
-def product(axes: Any) -> Any:
-    """The product of sizes, which are integers or, in TensorFlow graphs, tensors."""
-    return functools.reduce(lambda a, b: a * b, axes, 1)

@@ -8,7 +8,7 @@ from keras import ops
 
 from keras_moe import _checks
 from keras_moe.initializers import reseeded_config
-from keras_moe.layers.sublayers import build_once, config_of
+from keras_moe.layers.sublayers import adopt, build_by_call, config_of
 from keras_moe.types import Config, Shape, Tensor
 
 # Draws that one block of one expert may take from a seed generator before it meets the next
@@ -21,10 +21,10 @@ class LayerExperts(keras.layers.Layer):
     """A bank of E separate Keras layers, each applied to its own rows `(rows, d)`.
 
     The general and slower path: E small calls instead of one batched matmul. An expert must treat
-    rows one by one, as Dense, Dropout or LayerNormalization do: slots and blocks hold empty rows,
-    so what mixes rows (BatchNormalization in training) would see them. What an expert updates or
-    adds as a loss in its `call` is kept with a capacity, but not by dropless dispatch, where one
-    expert's rows come in several blocks.
+    rows one by one, as Dense, Dropout or LayerNormalization do: empty slots hold copies of a row
+    that nobody reads, and what mixes rows (BatchNormalization in training) would see them. What an
+    expert updates or adds as a loss in its `call` is kept with a capacity, but not by dropless
+    dispatch, where one expert's rows come in several blocks.
 
     Args:
         experts: A layer, copied E times with weights of its own, or a list of E layers, taken as
@@ -70,6 +70,8 @@ class LayerExperts(keras.layers.Layer):
                 "`experts` must be distinct layers: a repeated one shares its weights.",
                 experts=experts,
             )
+        for expert in copies:
+            adopt(expert)
         self.experts = copies
 
     @staticmethod
@@ -81,7 +83,7 @@ class LayerExperts(keras.layers.Layer):
     def build(self, input_shape: Any) -> None:
         row_shape = (None, *tuple(input_shape)[2:])
         for expert in self.experts:
-            build_once(expert, row_shape)
+            build_by_call(expert, row_shape)
 
     def call(
         self,
@@ -91,13 +93,11 @@ class LayerExperts(keras.layers.Layer):
     ) -> Tensor:
         if block_experts is not None:
             return self._call_blocks(inputs, block_experts, training)
-        is_shared = inputs.shape[0] == 1
-        return ops.stack(
-            [
-                self._call_expert(index, inputs[0 if is_shared else index])
-                for index in range(self.num_experts)
-            ]
-        )
+        if inputs.shape[0] == 1:
+            rows = [inputs[0]] * self.num_experts
+        else:
+            rows = ops.unstack(inputs, num=self.num_experts)
+        return ops.stack([self._call_expert(index, part) for index, part in enumerate(rows)])
 
     def _call_expert(self, index: int, rows: Tensor) -> Tensor:
         return ops.cast(self.experts[index](rows), self.compute_dtype)
@@ -122,10 +122,10 @@ class LayerExperts(keras.layers.Layer):
             (blocks, block_experts, ops.arange(count, dtype="int32")),
         )
         if training:
+            draws = ops.cast(count, "int32")
             for variable in (v for expert in self.experts for v in expert.variables):
                 if _is_seed(variable):
-                    count = ops.cast(count, "int32")
-                    variable.assign(_state_of_block(variable, variable.value, count))
+                    variable.assign(_state_of_block(variable, variable.value, draws))
         return outputs
 
     def compute_output_spec(
@@ -140,7 +140,14 @@ class LayerExperts(keras.layers.Layer):
 
     def compute_output_shape(self, input_shape: Shape) -> Shape:
         _, rows, *width = tuple(input_shape)
-        shapes = {tuple(e.compute_output_shape((rows, *width))) for e in self.experts}
+        shapes = {
+            tuple(
+                expert.compute_output_spec(
+                    keras.KerasTensor((rows, *width), dtype=expert.compute_dtype)
+                ).shape
+            )
+            for expert in self.experts
+        }
         if len(shapes) != 1:
             _checks.fail(
                 "All `experts` must have one output shape.", shapes=sorted(shapes, key=str)

@@ -12,7 +12,7 @@ from keras_moe.layers.experts import ExpertMLP, checked_units
 from keras_moe.layers.feed_forward import flat_mask, zero_where_padded
 from keras_moe.layers.naming import name_or_default
 from keras_moe.layers.running_sums import RunningSums
-from keras_moe.layers.sublayers import build_once, config_of
+from keras_moe.layers.sublayers import adopt, build_once, config_of
 from keras_moe.routers.softmax_gate import SoftmaxGate
 from keras_moe.routing import GateRouting
 from keras_moe.types import (
@@ -52,11 +52,13 @@ class MMoE(keras.layers.Layer):
         kernel_initializer: Initializer of one expert's kernels. Defaults to `"glorot_uniform"`.
         bias_initializer: Initializer of one expert's biases. Defaults to `"zeros"`.
         gate_initializer: Initializer of one task's gate kernel. Defaults to `"glorot_uniform"`.
-        kernel_regularizer: Optional regularizer of the experts' kernels. Defaults to `None`.
-        bias_regularizer: Optional regularizer of the experts' biases. Defaults to `None`.
+        kernel_regularizer: Optional regularizer, called with the experts' stacked kernels.
+            Defaults to `None`.
+        bias_regularizer: Optional regularizer, called with the experts' stacked biases. Defaults to
+            `None`.
         gate_regularizer: Optional regularizer of the gates' kernel. Defaults to `None`.
-        kernel_constraint: Optional constraint of the experts' kernels. Defaults to `None`.
-        bias_constraint: Optional constraint of the experts' biases. Defaults to `None`.
+        kernel_constraint: Optional constraint of one expert's kernels. Defaults to `None`.
+        bias_constraint: Optional constraint of one expert's biases. Defaults to `None`.
         seed: Optional integer, seed of both dropouts. Defaults to `None`.
 
     Call arguments:
@@ -122,11 +124,12 @@ class MMoE(keras.layers.Layer):
         self.expert_units = checked_units("expert_units", expert_units)
         self.tasks = _checked_tasks(tasks)
         self.num_tasks = self.tasks if isinstance(self.tasks, int) else len(self.tasks)
-        self.gate_units = checked_units("gate_units", gate_units) if gate_units else ()
-        self.gate_dropout = _checks.share("gate_dropout", gate_dropout)
+        is_linear = isinstance(gate_units, Sequence) and not gate_units
+        self.gate_units = () if is_linear else checked_units("gate_units", gate_units)
+        self.gate_dropout = _checks.rate("gate_dropout", gate_dropout)
         self.gate_initializer = keras.initializers.get(gate_initializer)
         self.gate_regularizer = keras.regularizers.get(gate_regularizer)
-        self.seed = seed
+        self.seed = _checks.optional(_checks.integer, "seed", seed)
         self.supports_masking = True
         bank_arguments: dict[str, Any] = {
             "activation": activation,
@@ -181,8 +184,7 @@ class MMoE(keras.layers.Layer):
                 f"`gate` must have num_experts={self.num_experts}, num_tasks={self.num_tasks}.",
                 **{"gate.num_experts": gate.num_experts, "gate.num_tasks": gate.num_tasks},
             )
-        if not gate.built:
-            gate.name = "gates"  # layouts and checkpoints rely on `gates/kernel`
+        adopt(gate, "gates")
         return gate
 
     def build(self, input_shape: Any) -> None:
@@ -193,8 +195,8 @@ class MMoE(keras.layers.Layer):
             build_once(self.gates, (self.num_tasks, None, self.gate_units[-1]))
         else:
             build_once(self.gates, (None, width))
-        self._gate_mass = RunningSums(self, "gate_mass", (self.num_tasks, self.num_experts))
-        self._gate_entropy = RunningSums(self, "gate_entropy", (self.num_tasks,))
+        self._importance = RunningSums(self, "importance", (self.num_tasks, self.num_experts))
+        self._entropy = RunningSums(self, "entropy", (self.num_tasks,))
         self._decisions = RunningSums(self, "decisions")
 
     def call(
@@ -215,10 +217,11 @@ class MMoE(keras.layers.Layer):
         routing = self.gates(gate_inputs, training=training)
         if training:
             self._count(routing, token_mask)
-        mixed = ops.matmul(
-            ops.cast(routing.weights, self.compute_dtype),
-            ops.transpose(expert_outputs, (1, 0, 2)),
-        )  # (n, t, e) @ (n, e, out)
+        # The sum over experts is taken in float32 at least, (n, t, e) @ (n, e, out).
+        wide = keras.backend.result_type(self.compute_dtype, "float32")
+        expert_outputs = ops.cast(ops.transpose(expert_outputs, (1, 0, 2)), wide)
+        mixed = ops.matmul(ops.cast(routing.weights, wide), expert_outputs)
+        mixed = ops.cast(mixed, self.compute_dtype)
         if token_mask is not None:
             mixed = ops.where(token_mask[:, None, None], mixed, ops.zeros_like(mixed))
 
@@ -247,27 +250,27 @@ class MMoE(keras.layers.Layer):
         weights = routing.weights
         is_token = ops.ones_like(entropy[:, :1]) if mask is None else mask[:, None]
         is_token = ops.cast(is_token, "float32")
-        self._gate_mass.add(ops.sum(weights * ops.expand_dims(is_token, -1), axis=0))
-        self._gate_entropy.add(ops.sum(entropy * is_token, axis=0))
+        self._importance.add(ops.sum(weights * ops.expand_dims(is_token, -1), axis=0))
+        self._entropy.add(ops.sum(entropy * is_token, axis=0))
         self._decisions.add(ops.sum(is_token))
 
     def running_counts(self) -> dict[str, Any]:
         """What was counted in training since the last reset.
 
         Returns:
-            A dict of float64 arrays, padding excluded: `load (tasks, E)`, each task's gate weight
-            per expert; `decisions`, the tokens or examples; `entropy (tasks,)`, the sum over them
-            of each gate's entropy in nats.
+            A dict of float64 arrays, padding excluded: `importance (tasks, E)`, each task's gate
+            weight per expert; `decisions`, the tokens or examples; `entropy (tasks,)`, the sum over
+            them of each gate's entropy in nats.
         """
         return {
-            "load": self._gate_mass.read(),
+            "importance": self._importance.read(),
             "decisions": self._decisions.read(),
-            "entropy": self._gate_entropy.read(),
+            "entropy": self._entropy.read(),
         }
 
     def reset_running_counts(self) -> None:
         """Starts the running counts again from 0."""
-        for sums in (self._gate_mass, self._gate_entropy, self._decisions):
+        for sums in (self._importance, self._entropy, self._decisions):
             sums.reset()
 
     def compute_output_shape(self, input_shape: Shape) -> Any:

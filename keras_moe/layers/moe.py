@@ -12,12 +12,11 @@ from keras_moe.layers.experts import ExpertMLP
 from keras_moe.layers.feed_forward import (
     ExpertFeedForward,
     flat_mask,
-    product,
     zero_where_padded,
 )
 from keras_moe.layers.naming import name_or_default
 from keras_moe.layers.running_sums import RunningSums
-from keras_moe.layers.sublayers import build_once, config_of
+from keras_moe.layers.sublayers import adopt, build_once, config_of
 from keras_moe.routing import Routing
 from keras_moe.types import (
     Activation,
@@ -51,8 +50,10 @@ class MoE(ExpertFeedForward):
             fix it: "switch" (1), "dense" (all), or a `Router` object. Defaults to `2`.
         router: `"top_k"`, `"switch"`, `"dense"`, a config or a `keras_moe.routers.Router`, which
             then brings its own loss coefficients. Defaults to `"top_k"`.
-        experts: `"mlp"`, `"glu"` (gated hidden layer), a Keras layer that is copied E times, or a
-            list of E Keras layers. Defaults to `"mlp"`.
+        experts: `"mlp"`, `"glu"` (gated hidden layer), a bank such as `ExpertMLP`, a Keras layer
+            that is copied E times, the config of one of these, or a list of E Keras layers; what
+            the layer does not build itself takes none of the arguments below that describe
+            experts. Defaults to `"mlp"`.
         num_shared_experts: Integer of at least 0, experts that every token passes through, added
             unweighted. Defaults to `0`.
         capacity_factor: Positive float or None. Slots per expert C =
@@ -71,15 +72,18 @@ class MoE(ExpertFeedForward):
         routing_level: `"token"`: each token is routed on its own; `"example"`: one decision per
             example, from the mean of its unmasked tokens. Defaults to `"token"`.
         capacity_group: `"batch"` or `"example"`: whether tokens compete for slots in the whole
-            batch or inside their example. Defaults to `"batch"`.
+            batch or inside their example (which, with inputs `(batch, d)`, is one token with at
+            least one slot in every expert). Defaults to `"batch"`.
         dispatch: `"auto"`, `"capacity"`, `"blocks"`, `"dense"`, a config or a
             `keras_moe.dispatch.Carrier`. Defaults to `"auto"`.
         kernel_initializer: Initializer of one expert's kernels. Defaults to `"glorot_uniform"`.
         bias_initializer: Initializer of one expert's biases. Defaults to `"zeros"`.
-        kernel_regularizer: Optional regularizer of the experts' kernels. Defaults to `None`.
-        bias_regularizer: Optional regularizer of the experts' biases. Defaults to `None`.
-        kernel_constraint: Optional constraint of the experts' kernels. Defaults to `None`.
-        bias_constraint: Optional constraint of the experts' biases. Defaults to `None`.
+        kernel_regularizer: Optional regularizer, called with the experts' stacked kernels.
+            Defaults to `None`.
+        bias_regularizer: Optional regularizer, called with the experts' stacked biases. Defaults to
+            `None`.
+        kernel_constraint: Optional constraint of one expert's kernels. Defaults to `None`.
+        bias_constraint: Optional constraint of one expert's biases. Defaults to `None`.
         seed: Optional integer, seed of dropout and router noise. Defaults to `None`.
 
     Call arguments:
@@ -181,22 +185,29 @@ class MoE(ExpertFeedForward):
                 "nothing.",
                 eval_capacity_factor=eval_capacity_factor,
             )
-        self.balance_weight = _checks.non_negative("balance_weight", balance_weight)
-        self.z_loss_weight = _checks.non_negative("z_loss_weight", z_loss_weight)
+        _checks.positive_int("top_k", top_k)
         self.routing_level = _checks.one_of("routing_level", routing_level, _LEVELS)
         self.capacity_group = _checks.one_of("capacity_group", capacity_group, _GROUPS)
+        if routing_level == capacity_group == "example":
+            _checks.fail(
+                "`capacity_group` must be 'batch' where `routing_level` is 'example': all tokens "
+                "of an example go to the same experts and would fill their slots.",
+                capacity_group=capacity_group,
+            )
 
         self._router_argument = router
         self.router = routers.get(
             router,
             num_experts=self.num_experts,
             top_k=top_k,
-            balance_weight=self.balance_weight,
-            z_loss_weight=self.z_loss_weight,
+            balance_weight=balance_weight,
+            z_loss_weight=z_loss_weight,
             seed=seed,
         )
-        if not self.router.built:
-            self.router.name = "router"  # layouts and checkpoints rely on `router/kernel`
+        adopt(self.router, "router")
+        # Of a router that was given, or one that has no balance loss.
+        self.balance_weight = self.router.balance_weight
+        self.z_loss_weight = self.router.z_loss_weight
         self._top_k_argument = top_k
         self.top_k = self.router.top_k
         self._dispatch_argument = dispatch
@@ -252,7 +263,7 @@ class MoE(ExpertFeedForward):
         if self.shared_experts is not None:
             shared = self.shared_experts(ops.expand_dims(tokens, 0), training=training)
             outputs = outputs + ops.sum(shared, axis=0)
-        outputs = zero_where_padded(outputs, token_mask)
+        outputs = ops.cast(zero_where_padded(outputs, token_mask), self.compute_dtype)
         outputs = ops.reshape(outputs, (*token_axes, outputs.shape[-1]))
         if not return_routing:
             return outputs
@@ -265,15 +276,16 @@ class MoE(ExpertFeedForward):
         if self.routing_level == "token":
             decision = self.router(tokens, mask=mask, training=training)
             return decision, decision
-        batch, per_example = token_axes[0], product(token_axes[1:])
-        grouped = ops.reshape(tokens, (batch, per_example, tokens.shape[-1]))
+        batch, per_example = token_axes[0], math.prod(token_axes[1:])
         if mask is None:
-            pooled, example_mask = ops.mean(grouped, axis=1), None
+            is_token = ops.ones((batch, per_example), dtype="bool")
         else:
-            grouped_mask = ops.reshape(mask, (batch, per_example))
-            count = ops.sum(ops.cast(grouped_mask, grouped.dtype), axis=1, keepdims=True)
-            pooled = ops.sum(grouped, axis=1) / ops.maximum(count, 1)
-            example_mask = ops.any(grouped_mask, axis=1)
+            is_token = ops.reshape(mask, (batch, per_example))
+        # In float32, as all that a router reads: a sum of float16 tokens overflows.
+        grouped = ops.reshape(ops.cast(tokens, "float32"), (batch, per_example, tokens.shape[-1]))
+        count = ops.sum(ops.cast(is_token, "float32"), axis=1, keepdims=True)
+        pooled = ops.sum(grouped, axis=1) / ops.maximum(count, 1.0)
+        example_mask = ops.any(is_token, axis=1)
         decision = self.router(pooled, mask=example_mask, training=training)
 
         def spread(values: Tensor) -> Tensor:
@@ -295,20 +307,19 @@ class MoE(ExpertFeedForward):
         if factor is None:
             return None
         axes = token_axes if self.capacity_group == "batch" else token_axes[1:]
-        share = factor * self.top_k / self.num_experts
-        if all(isinstance(axis, int) for axis in axes):
-            count = math.prod(axes)
-            return min(math.ceil(share * count - _ROUNDING), count)
-        tokens = ops.prod(ops.stack([ops.cast(axis, "int32") for axis in axes]))
-        slots = ops.cast(ops.ceil(share * ops.cast(tokens, "float64") - _ROUNDING), "int32")
-        return ops.minimum(slots, tokens)
+        count = math.prod(axes)
+        slots_per_token = factor * self.top_k / self.num_experts
+        if isinstance(count, int):
+            return min(math.ceil(slots_per_token * count - _ROUNDING), count)
+        slots = ops.ceil(slots_per_token * ops.cast(count, "float64") - _ROUNDING)
+        return ops.minimum(ops.cast(slots, "int32"), count)
 
     def _returned_routing(self, decision: Routing, routing: Routing, token_axes: Any) -> Routing:
         axes = token_axes
         if self.routing_level == "example":
             axes = token_axes[:1]
             # An example is kept by an expert if any of its tokens is.
-            kept = ops.reshape(routing.kept, (token_axes[0], product(token_axes[1:]), self.top_k))
+            kept = ops.reshape(routing.kept, (token_axes[0], math.prod(token_axes[1:]), self.top_k))
             routing = decision._replace(kept=ops.any(kept, axis=1))
         return routing._replace(
             experts=ops.reshape(routing.experts, (*axes, self.top_k)),

@@ -10,7 +10,6 @@ from keras_moe import _checks, _numerics
 from keras_moe.layers.feed_forward import (
     ExpertFeedForward,
     flat_mask,
-    product,
     zero_where_padded,
 )
 from keras_moe.layers.naming import name_or_default
@@ -36,7 +35,8 @@ class SoftMoE(ExpertFeedForward):
     y[b,n,:]        = sum_ep softmax_ep(logits)[b,n,e,p] expert_e(slots[b,e,p,:])
 
     Nothing is dropped, no loss is needed, and no example sees another. Every token sees the whole
-    sequence, unless `causal`: the layer belongs in encoders.
+    sequence, unless `causal`: the layer belongs in encoders. A token that is not finite spoils its
+    sequence.
 
     Args:
         num_experts: Positive integer, the number of experts E.
@@ -47,8 +47,10 @@ class SoftMoE(ExpertFeedForward):
         causal: Whether token n's output depends on tokens 0 to n alone: it is what the layer would
             give token n of the sequence cut off after it. Exact, and n times the expert work: each
             token has its own slots. Defaults to `False`.
-        experts: `"mlp"`, `"glu"`, a Keras layer that is copied E times, or a list of E Keras
-            layers. Defaults to `"mlp"`.
+        experts: `"mlp"`, `"glu"` (gated hidden layer), a bank such as `ExpertMLP`, a Keras layer
+            that is copied E times, the config of one of these, or a list of E Keras layers; what
+            the layer does not build itself takes none of the arguments below that describe
+            experts. Defaults to `"mlp"`.
         output_dim: Positive integer, the output width; None for the inputs' width d. Defaults to
             `None`.
         activation: Activation of the experts' hidden layer. Defaults to `"gelu"`.
@@ -59,10 +61,12 @@ class SoftMoE(ExpertFeedForward):
         kernel_initializer: Initializer of one expert's kernels. Defaults to `"glorot_uniform"`.
         bias_initializer: Initializer of one expert's biases. Defaults to `"zeros"`.
         phi_regularizer: Optional regularizer of `phi`. Defaults to `None`.
-        kernel_regularizer: Optional regularizer of the experts' kernels. Defaults to `None`.
-        bias_regularizer: Optional regularizer of the experts' biases. Defaults to `None`.
-        kernel_constraint: Optional constraint of the experts' kernels. Defaults to `None`.
-        bias_constraint: Optional constraint of the experts' biases. Defaults to `None`.
+        kernel_regularizer: Optional regularizer, called with the experts' stacked kernels.
+            Defaults to `None`.
+        bias_regularizer: Optional regularizer, called with the experts' stacked biases. Defaults to
+            `None`.
+        kernel_constraint: Optional constraint of one expert's kernels. Defaults to `None`.
+        bias_constraint: Optional constraint of one expert's biases. Defaults to `None`.
         seed: Optional integer, seed of dropout. Defaults to `None`.
 
     Call arguments:
@@ -160,7 +164,7 @@ class SoftMoE(ExpertFeedForward):
         width = _checks.token_shape("SoftMoE", tuple(input_shape))
         self.router.build((None, None, width))
         self._build_experts(width)
-        self._load = RunningSums(self, "load", (self.num_experts,))
+        self._importance = RunningSums(self, "importance", (self.num_experts,))
         self._totals = RunningSums(self, "totals", (2,))  # decisions, entropy
 
     def call(
@@ -171,7 +175,7 @@ class SoftMoE(ExpertFeedForward):
         return_routing: bool = False,
     ) -> Any:
         token_axes, width = ops.shape(inputs)[:-1], inputs.shape[-1]
-        batch, count = token_axes[0], product(token_axes[1:])
+        batch, count = token_axes[0], math.prod(token_axes[1:])
         tokens = ops.reshape(inputs, (batch, count, width))
         token_mask = flat_mask("SoftMoE", inputs, mask, (batch, count))
         tokens = zero_where_padded(tokens, token_mask)
@@ -187,7 +191,7 @@ class SoftMoE(ExpertFeedForward):
         combine = ops.cast(routing.combine, self.compute_dtype)
         combine = ops.reshape(combine, (batch, sets, readers, num_slots))
         outputs = ops.reshape(ops.matmul(combine, outputs), (batch, count, outputs.shape[-1]))
-        outputs = zero_where_padded(outputs, token_mask)
+        outputs = ops.cast(zero_where_padded(outputs, token_mask), self.compute_dtype)
         if training:
             self._count(routing, token_mask)
         outputs = ops.reshape(outputs, (*token_axes, outputs.shape[-1]))
@@ -211,23 +215,23 @@ class SoftMoE(ExpertFeedForward):
         entropy = _numerics.entropy(ops.reshape(routing.logits, (shape[0], shape[1], num_slots)))
         mass = ops.sum(routing.combine, axis=-1)
         is_token = ops.ones_like(entropy) if mask is None else ops.cast(mask, "float32")
-        self._load.add(ops.sum(mass * ops.expand_dims(is_token, -1), axis=(0, 1)))
+        self._importance.add(ops.sum(mass * ops.expand_dims(is_token, -1), axis=(0, 1)))
         self._totals.add(ops.stack([ops.sum(is_token), ops.sum(entropy * is_token)]))
 
     def running_counts(self) -> dict[str, Any]:
         """What was counted in training since the last reset.
 
         Returns:
-            A dict of float64 arrays, padding excluded: `load (E,)`, the tokens' combine weight per
-            expert; `decisions`, the tokens; `entropy`, the sum over them of the entropy of their
-            combine weights over all slots, in nats.
+            A dict of float64 arrays, padding excluded: `importance (E,)`, the tokens' combine
+            weight per expert; `decisions`, the tokens; `entropy`, the sum over them of the entropy
+            of their combine weights over all slots, in nats.
         """
         decisions, entropy = self._totals.read()
-        return {"load": self._load.read(), "decisions": decisions, "entropy": entropy}
+        return {"importance": self._importance.read(), "decisions": decisions, "entropy": entropy}
 
     def reset_running_counts(self) -> None:
         """Starts the running counts again from 0."""
-        self._load.reset()
+        self._importance.reset()
         self._totals.reset()
 
     def compute_output_spec(

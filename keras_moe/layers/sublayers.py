@@ -4,6 +4,7 @@ from typing import Any
 
 import keras
 
+from keras_moe import _checks
 from keras_moe.types import Config
 
 
@@ -17,7 +18,26 @@ def config_of(sublayer: Any) -> Config:
     return {key: value for key, value in config.items() if key != "build_config"}
 
 
+def adopt(sublayer: keras.layers.Layer, name: str | None = None) -> None:
+    """Takes a sublayer that a user made as this layer's own, under a name checkpoints rely on.
+
+    A sublayer of two layers would be saved with one and missing from the other: Keras could not
+    load such a model, so it is refused before it is trained.
+    """
+    if getattr(sublayer, "_is_adopted", False):
+        _checks.fail("A router, gate or expert must belong to one layer only.", layer=sublayer)
+    sublayer._is_adopted = True
+    if name is not None and not sublayer.built:
+        sublayer.name = name
+
+
 def build_once(sublayer: keras.layers.Layer, input_shape: Any) -> None:
     """Builds a sublayer unless it came built: building twice would make its weights twice."""
     if not sublayer.built:
         sublayer.build(input_shape)
+
+
+def build_by_call(sublayer: Any, input_shape: Any) -> None:
+    """Builds any layer with all layers in it, also one that has `call` and no `build`."""
+    if not all(layer.built for layer in sublayer._flatten_layers()):
+        sublayer(keras.KerasTensor(input_shape, dtype=sublayer.compute_dtype))

@@ -4,6 +4,7 @@ from typing import Any
 
 import keras
 
+from keras_moe import _checks
 from keras_moe.layers.moe import MoE
 from keras_moe.layers.naming import name_or_default
 from keras_moe.routers.switch import SwitchRouter
@@ -59,6 +60,12 @@ class SwitchFFN(MoE):
         name: str | None = None,
         **kwargs: Any,
     ) -> None:
+        for argument in ("top_k", "router"):
+            if argument in kwargs:
+                _checks.fail(
+                    f"`SwitchFFN` sets `{argument}` itself; use `MoE` to choose it.",
+                    **{argument: kwargs[argument]},
+                )
         router = SwitchRouter(
             num_experts,
             jitter=jitter,

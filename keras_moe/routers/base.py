@@ -60,7 +60,7 @@ class Router(keras.layers.Layer):
         super().__init__(**kwargs)
         self.num_experts = _checks.positive_int("num_experts", num_experts)
         self.top_k = _checks.int_between("top_k", top_k, 1, self.num_experts, "num_experts")
-        self.jitter = _checks.share("jitter", jitter)
+        self.jitter = _checks.rate("jitter", jitter)
         self.balance_weight = _checks.non_negative("balance_weight", balance_weight)
         self.z_loss_weight = _checks.non_negative("z_loss_weight", z_loss_weight)
         self.kernel_initializer = keras.initializers.get(
@@ -70,7 +70,7 @@ class Router(keras.layers.Layer):
         )
         self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
         self.kernel_constraint = keras.constraints.get(kernel_constraint)
-        self.seed = seed
+        self.seed = _checks.optional(_checks.integer, "seed", seed)
         self.seed_generator = keras.random.SeedGenerator(seed) if self.jitter else None
         self.supports_masking = True
 

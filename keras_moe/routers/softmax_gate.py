@@ -7,6 +7,7 @@ from keras import ops
 
 from keras_moe import _checks
 from keras_moe._numerics import softmax
+from keras_moe.constraints import per_expert
 from keras_moe.initializers import PerExpertInitializer
 from keras_moe.routing import GateRouting
 from keras_moe.types import Config, ConstraintLike, InitializerLike, RegularizerLike, Tensor
@@ -26,7 +27,7 @@ class SoftmaxGate(keras.layers.Layer):
         kernel_initializer: Initializer of one task's `(d, E)` kernel. Defaults to
             `"glorot_uniform"`.
         kernel_regularizer: Optional regularizer of the kernel. Defaults to `None`.
-        kernel_constraint: Optional constraint of the kernel. Defaults to `None`.
+        kernel_constraint: Optional constraint of one task's kernel. Defaults to `None`.
         seed: Optional integer, seed of the dropout. Defaults to `None`.
 
     Call arguments:
@@ -58,11 +59,11 @@ class SoftmaxGate(keras.layers.Layer):
         super().__init__(**kwargs)
         self.num_experts = _checks.positive_int("num_experts", num_experts)
         self.num_tasks = _checks.positive_int("num_tasks", num_tasks)
-        self.dropout = _checks.share("dropout", dropout)
+        self.dropout = _checks.rate("dropout", dropout)
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
         self.kernel_constraint = keras.constraints.get(kernel_constraint)
-        self.seed = seed
+        self.seed = _checks.optional(_checks.integer, "seed", seed)
         self.seed_generator = keras.random.SeedGenerator(seed) if self.dropout else None
 
     def build(self, input_shape: Any) -> None:
@@ -72,7 +73,7 @@ class SoftmaxGate(keras.layers.Layer):
             shape=(self.num_tasks, width, self.num_experts),
             initializer=PerExpertInitializer(self.kernel_initializer, "gates/kernel"),
             regularizer=self.kernel_regularizer,
-            constraint=self.kernel_constraint,
+            constraint=per_expert(self.kernel_constraint),
         )
 
     def call(self, inputs: Tensor, training: bool | None = None) -> GateRouting:

@@ -34,9 +34,9 @@ def test_scalars_in_history():
         "switch/load_cv",
         "switch/dropped",
         "switch/entropy",
-        "soft/load_cv",
+        "soft/importance_cv",
         "soft/entropy",
-        "tasks/load_cv",
+        "tasks/importance_cv",
         "tasks/entropy",
     }
     for key in ours:

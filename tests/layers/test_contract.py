@@ -91,6 +91,21 @@ CASES = {
         2,
         losses=2,
     ),
+    "moe_bank_object": Case(
+        layers.MoE,
+        {
+            "num_experts": 3,
+            "experts": {
+                "module": "keras_moe.layers.experts",
+                "class_name": "ExpertMLP",
+                "config": {"num_experts": 3, "units": [8, 7, D]},
+                "registered_name": "keras_moe>ExpertMLP",
+            },
+        },
+        7,
+        2,
+        losses=2,
+    ),
     "switch_ffn": Case(
         layers.SwitchFFN,
         {"num_experts": 4, "hidden_dim": 8},
@@ -144,6 +159,7 @@ CHECKS = [
     contract.check_bad_row_stays_alone,
     contract.check_experts_start_different,
     contract.check_mixed_precision,
+    contract.check_pure_precision,
     contract.check_return_routing,
     contract.check_mask_goes_on,
     contract.check_bad_inputs,

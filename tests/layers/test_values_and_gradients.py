@@ -281,21 +281,6 @@ def test_moe_routing_level_example(carrier, masked):
     check_moe(arguments, settings, (5, 4, 4), mask, seed=18)
 
 
-def test_moe_routing_level_example_in_groups_of_an_example():
-    arguments = {
-        "num_experts": 4,
-        "hidden_dim": 5,
-        "routing_level": "example",
-        "capacity_factor": 1.25,
-        "capacity_group": "example",
-    }
-    settings = {key: arguments[key] for key in ("capacity_factor", "capacity_group")}
-    settings["routing_level"] = "example"
-    _, result = check_moe(arguments, settings, (3, 7, 4), seed=19)
-    # All seven tokens want the same two experts, which have ceil(1.25 * 2 * 7 / 4) = 5 slots.
-    np.testing.assert_array_equal(result.kept.sum(axis=0), [15, 15])
-
-
 @pytest.mark.parametrize(
     ("shape", "carrier", "masked"),
     [
