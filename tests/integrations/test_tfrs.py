@@ -860,3 +860,13 @@ def test_the_example_of_the_guide_runs(tmp_path):
     code = page.split("```python\n")[1].split("```")[0].replace('"ranker"', repr(str(tmp_path)))
     run_python(code, TF_USE_LEGACY_KERAS=None, KERAS_BACKEND=None)
     assert (tmp_path / "saved_model.pb").exists()
+
+
+def test_constraints_are_applied_by_keras_2_optimizers():
+    bridge = KerasBridge(keras.layers.Dense(4, kernel_constraint=keras.constraints.UnitNorm()))
+    model = tf_keras.Sequential([bridge])
+    model.compile(tf_keras.optimizers.SGD(0.1), "mse")
+    x = np.random.default_rng(0).normal(size=(8, 3)).astype("float32")
+    model.fit(x, x[:, :1] * np.ones((1, 4), "float32"), verbose=0)
+    norms = np.linalg.norm(bridge.layer.kernel.numpy(), axis=0)
+    np.testing.assert_allclose(norms, 1.0, rtol=1e-5)
