@@ -16,6 +16,7 @@ from keras_moe.routing import Routing
 from keras_moe.types import Config, Tensor
 
 _ROW_MULTIPLE = 8  # what vector units like, and the smallest block
+_STATIC_ROWS = 32  # per block, where the batch is dynamic and the experts cannot take that
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -51,6 +52,8 @@ class BlocksCarrier(Carrier):
         bin_of = bin_of_assignments(routing, num_experts)
         total = ops.shape(bin_of)[0]
         block_size = self.rows_per_block(total, num_experts)
+        if not isinstance(block_size, int) and not getattr(experts, "takes_dynamic_blocks", False):
+            block_size = _STATIC_ROWS
         num_blocks = blocks_needed(total, num_experts, block_size)
         slots, block_experts = block_slots(
             sort_into_bins(bin_of, num_experts), num_blocks, block_size

@@ -11,9 +11,15 @@ from keras_moe.types import Config, Tensor
 
 
 class ExpertBank(Protocol):
-    """What a carrier needs of experts: `(E, C, d) -> (E, C, out)`, or blocks of one expert each."""
+    """What a carrier needs of experts: `(E, C, d) -> (E, C, out)`, or blocks of one expert each.
+
+    Attributes:
+        num_experts: the number of experts E.
+        takes_dynamic_blocks: whether the rows per block may be unknown in a TensorFlow graph.
+    """
 
     num_experts: int
+    takes_dynamic_blocks: bool
 
     def __call__(
         self, inputs: Tensor, *, block_experts: Tensor | None = None, training: bool | None = None

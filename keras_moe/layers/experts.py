@@ -75,6 +75,8 @@ class ExpertMLP(keras.layers.Layer):
     (4, 10, 8)
     """
 
+    takes_dynamic_blocks = True
+
     def __init__(
         self,
         num_experts: int,

@@ -44,6 +44,8 @@ class LayerExperts(keras.layers.Layer):
         ValueError: if a list has another length than E, or something in it is not a layer.
     """
 
+    takes_dynamic_blocks = False  # XLA wants the rows of a mapped loop to be known
+
     def __init__(
         self,
         experts: keras.layers.Layer | Sequence[keras.layers.Layer],
