@@ -1,6 +1,6 @@
 """Multi-gate mixture of experts for multi-task learning."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -11,7 +11,7 @@ from keras_moe.initializers import derived_seed, reseeded
 from keras_moe.layers.experts import ExpertMLP, checked_units
 from keras_moe.layers.feed_forward import flat_mask, zero_where_padded
 from keras_moe.layers.naming import name_or_default
-from keras_moe.layers.running_sums import RunningSums
+from keras_moe.layers.running_sums import RunningSums, check_built
 from keras_moe.layers.sublayers import adopt, build_once, config_of
 from keras_moe.routers.softmax_gate import SoftmaxGate
 from keras_moe.routing import GateRouting
@@ -189,6 +189,7 @@ class MMoE(keras.layers.Layer):
 
     def build(self, input_shape: Any) -> None:
         width = _checks.token_shape("MMoE", tuple(input_shape))
+        self.input_spec = keras.layers.InputSpec(min_ndim=2, axes={-1: width})
         self.experts.build((1, None, width))
         if self.gate_hidden is not None:
             self.gate_hidden.build((1, None, width))
@@ -247,12 +248,14 @@ class MMoE(keras.layers.Layer):
 
     def _count(self, routing: GateRouting, mask: Tensor | None) -> None:
         entropy = _numerics.entropy(routing.logits)  # (n, t)
-        weights = routing.weights
-        is_token = ops.ones_like(entropy[:, :1]) if mask is None else mask[:, None]
-        is_token = ops.cast(is_token, "float32")
-        self._importance.add(ops.sum(weights * ops.expand_dims(is_token, -1), axis=0))
-        self._entropy.add(ops.sum(entropy * is_token, axis=0))
-        self._decisions.add(ops.sum(is_token))
+        # A token that is not finite has no entropy: it is left out.
+        is_counted = ops.all(ops.isfinite(entropy), axis=-1, keepdims=True)
+        if mask is not None:
+            is_counted = ops.logical_and(is_counted, mask[:, None])
+        weights = ops.where(is_counted[..., None], routing.weights, 0.0)
+        self._importance.add(ops.sum(weights, axis=0))
+        self._entropy.add(ops.sum(ops.where(is_counted, entropy, 0.0), axis=0))
+        self._decisions.add(ops.sum(ops.cast(is_counted, "float32")))
 
     def running_counts(self) -> dict[str, Any]:
         """What was counted in training since the last reset.
@@ -262,6 +265,7 @@ class MMoE(keras.layers.Layer):
             weight per expert; `decisions`, the tokens or examples; `entropy (tasks,)`, the sum over
             them of each gate's entropy in nats.
         """
+        check_built(self)
         return {
             "importance": self._importance.read(),
             "decisions": self._decisions.read(),
@@ -270,6 +274,7 @@ class MMoE(keras.layers.Layer):
 
     def reset_running_counts(self) -> None:
         """Starts the running counts again from 0."""
+        check_built(self)
         for sums in (self._importance, self._entropy, self._decisions):
             sums.reset()
 
@@ -331,10 +336,13 @@ class MMoE(keras.layers.Layer):
 
 
 def _checked_tasks(tasks: Any) -> int | tuple[str, ...]:
-    if isinstance(tasks, str | Mapping) or not isinstance(tasks, Sequence):
-        return _checks.positive_int("tasks", tasks)
-    names = tuple(tasks)
+    is_count = isinstance(tasks, int) and not isinstance(tasks, bool) and tasks > 0
+    if is_count:
+        return int(tasks)
+    names = tuple(tasks) if isinstance(tasks, list | tuple) else ()
     is_named = bool(names) and all(isinstance(name, str) and name for name in names)
     if not is_named or len(set(names)) != len(names):
-        _checks.fail("`tasks` must be a positive integer or distinct names.", tasks=tasks)
+        _checks.fail(
+            "`tasks` must be a positive integer or a sequence of distinct names.", tasks=tasks
+        )
     return names

@@ -15,7 +15,7 @@ from keras_moe.layers.feed_forward import (
     zero_where_padded,
 )
 from keras_moe.layers.naming import name_or_default
-from keras_moe.layers.running_sums import RunningSums
+from keras_moe.layers.running_sums import RunningSums, check_built
 from keras_moe.layers.sublayers import adopt, build_once, config_of
 from keras_moe.routing import Routing
 from keras_moe.types import (
@@ -204,6 +204,13 @@ class MoE(ExpertFeedForward):
             z_loss_weight=z_loss_weight,
             seed=seed,
         )
+        factors = [f for f in (self.capacity_factor, self.eval_capacity_factor) if f is not None]
+        if isinstance(self.router, routers.DenseRouter) and min(factors, default=1.0) < 1.0:
+            _checks.fail(
+                "`capacity_factor` must be None, or at least 1, with a dense router: every expert "
+                "takes part in every token.",
+                capacity_factor=capacity_factor,
+            )
         adopt(self.router, "router")
         # Of a router that was given, or one that has no balance loss.
         self.balance_weight = self.router.balance_weight
@@ -221,6 +228,7 @@ class MoE(ExpertFeedForward):
 
     def build(self, input_shape: Any) -> None:
         width = _checks.token_shape("MoE", tuple(input_shape))
+        self.input_spec = keras.layers.InputSpec(min_ndim=2, axes={-1: width})
         build_once(self.router, (None, width))
         self._build_experts(width)
         if self.num_shared_experts:
@@ -246,7 +254,8 @@ class MoE(ExpertFeedForward):
 
         decision, routing = self._route(tokens, token_mask, token_axes, training)
         for name, weight in self.router.loss_weights.items():
-            if weight:
+            # A frozen router balances nothing; Keras drops regularizers of frozen weights too.
+            if weight and self.router.trainable:
                 self.add_loss(weight * decision.losses[name])
 
         outputs, kept = self.carrier(
@@ -332,12 +341,14 @@ class MoE(ExpertFeedForward):
 
     def _count(self, decision: Routing, routing: Routing, token_mask: Tensor | None) -> None:
         entropy = _numerics.entropy(decision.logits)
-        decided = ops.cast(ops.any(decision.kept, axis=-1), "float32")
+        # A token that is not finite has no entropy: it is left out of the mean.
+        is_decided = ops.logical_and(ops.any(decision.kept, axis=-1), ops.isfinite(entropy))
+        decided = ops.cast(is_decided, "float32")
         asked = ops.cast(ops.shape(routing.experts)[0] * self.top_k, "float32")
         if token_mask is not None:
             asked = ops.sum(ops.cast(token_mask, "float32")) * self.top_k
         dropped = asked - ops.sum(ops.cast(routing.kept, "float32"))
-        entropy = ops.where(decided > 0, entropy, ops.zeros_like(entropy))
+        entropy = ops.where(is_decided, entropy, ops.zeros_like(entropy))
         self._load.add(decision.load)
         self._totals.add(ops.stack([asked, dropped, ops.sum(decided), ops.sum(entropy)]))
 
@@ -350,11 +361,13 @@ class MoE(ExpertFeedForward):
             router (tokens, or examples at that routing level); `entropy`, the sum over decisions
             of the router's entropy in nats.
         """
+        check_built(self)
         names = ("assignments", "dropped", "decisions", "entropy")
         return {"load": self._load.read(), **dict(zip(names, self._totals.read(), strict=True))}
 
     def reset_running_counts(self) -> None:
         """Starts the running counts again from 0."""
+        check_built(self)
         self._load.reset()
         self._totals.reset()
 

@@ -6,9 +6,19 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_moe import _checks
 from keras_moe.types import Tensor
 
 _BASE = 2.0**20
+
+
+def check_built(layer: keras.layers.Layer) -> None:
+    """Fails with what to do where a layer has not begun to count."""
+    if not layer.built:
+        _checks.fail(
+            f"`{type(layer).__name__}` has counts once it is built: call the layer, or build it.",
+            built=False,
+        )
 
 
 class RunningSums:

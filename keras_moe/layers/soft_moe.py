@@ -13,7 +13,7 @@ from keras_moe.layers.feed_forward import (
     zero_where_padded,
 )
 from keras_moe.layers.naming import name_or_default
-from keras_moe.layers.running_sums import RunningSums
+from keras_moe.layers.running_sums import RunningSums, check_built
 from keras_moe.routers.soft import SoftRouter
 from keras_moe.routing import SoftRouting
 from keras_moe.types import (
@@ -162,6 +162,7 @@ class SoftMoE(ExpertFeedForward):
 
     def build(self, input_shape: Any) -> None:
         width = _checks.token_shape("SoftMoE", tuple(input_shape))
+        self.input_spec = keras.layers.InputSpec(min_ndim=2, axes={-1: width})
         self.router.build((None, None, width))
         self._build_experts(width)
         self._importance = RunningSums(self, "importance", (self.num_experts,))
@@ -213,10 +214,15 @@ class SoftMoE(ExpertFeedForward):
         shape = ops.shape(routing.combine)
         num_slots = self.num_experts * self.slots_per_expert
         entropy = _numerics.entropy(ops.reshape(routing.logits, (shape[0], shape[1], num_slots)))
-        mass = ops.sum(routing.combine, axis=-1)
-        is_token = ops.ones_like(entropy) if mask is None else ops.cast(mask, "float32")
-        self._importance.add(ops.sum(mass * ops.expand_dims(is_token, -1), axis=(0, 1)))
-        self._totals.add(ops.stack([ops.sum(is_token), ops.sum(entropy * is_token)]))
+        # A token that is not finite has no entropy: it is left out.
+        is_counted = ops.isfinite(entropy)
+        if mask is not None:
+            is_counted = ops.logical_and(is_counted, mask)
+        mass = ops.where(is_counted[..., None], ops.sum(routing.combine, axis=-1), 0.0)
+        entropy = ops.where(is_counted, entropy, 0.0)
+        decisions = ops.sum(ops.cast(is_counted, "float32"))
+        self._importance.add(ops.sum(mass, axis=(0, 1)))
+        self._totals.add(ops.stack([decisions, ops.sum(entropy)]))
 
     def running_counts(self) -> dict[str, Any]:
         """What was counted in training since the last reset.
@@ -226,11 +232,13 @@ class SoftMoE(ExpertFeedForward):
             weight per expert; `decisions`, the tokens; `entropy`, the sum over them of the entropy
             of their combine weights over all slots, in nats.
         """
+        check_built(self)
         decisions, entropy = self._totals.read()
         return {"importance": self._importance.read(), "decisions": decisions, "entropy": entropy}
 
     def reset_running_counts(self) -> None:
         """Starts the running counts again from 0."""
+        check_built(self)
         self._importance.reset()
         self._totals.reset()
 

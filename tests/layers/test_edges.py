@@ -112,3 +112,44 @@ def test_dispatch_plan_tells_carrier_overhead_and_reason():
     assert bounded.dispatch_plan(4096).overhead == pytest.approx(1.25)
     assert "slots" in bounded.dispatch_plan(4096).reason
     assert layers.MoE(8, 64, dispatch="blocks").dispatch_plan(8).reason.startswith("asked for")
+
+
+MIXTURES = {
+    "moe": lambda **kw: layers.MoE(4, 8, **kw),
+    "soft": lambda **kw: layers.SoftMoE(4, 8, **kw),
+    "mmoe": lambda **kw: layers.MMoE(4, [8], 2, **kw),
+}
+mixtures = pytest.mark.parametrize("make", MIXTURES.values(), ids=MIXTURES.keys())
+
+
+@mixtures
+def test_a_token_that_is_not_finite_is_not_counted(make):
+    layer, x = make(), tokens(3, 4)
+    run(layer, x, training=True)
+    clean = layer.running_counts()
+    layer.reset_running_counts()
+    x[0, 0] = np.nan
+    run(layer, x, training=True)
+    spoilt = layer.running_counts()
+    per_decision = [np.mean(c["entropy"] / c["decisions"]) for c in (clean, spoilt)]
+    assert clean["decisions"] == 12
+    assert spoilt["decisions"] == 11
+    np.testing.assert_allclose(per_decision[0], per_decision[1], rtol=0.02)
+
+
+@mixtures
+def test_another_width_fails_as_keras_layers_do(make):
+    layer = make()
+    layer.build((None, 3, D))
+    with pytest.raises(ValueError, match=f"expected axis -1 of input shape to have value {D}"):
+        layer(np.zeros((2, 3, D + 1), "float32"))
+
+
+def test_a_frozen_layer_adds_no_losses():
+    layer = layers.MoE(4, 8)
+    run(layer, tokens())
+    assert len(layer.losses) == 2
+    frozen = layers.MoE(4, 8)
+    frozen.trainable = False
+    run(frozen, tokens())
+    assert len(frozen.losses) == 0
