@@ -56,7 +56,8 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 
 constraints: $(VENV)/.dev
 	(echo "# The versions that passed, for Python 3.11 on Linux. Written by 'make constraints'."; \
-	 $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//') > constraints.txt
+	 $(BIN)/python -m pip freeze --all --exclude-editable \
+	 | grep -v '^pip==' | sed 's/+cpu$$//') > constraints.txt
 
 clean:
 	rm -rf $(VENV) build dist site results
