@@ -125,16 +125,17 @@ mixtures = pytest.mark.parametrize("make", MIXTURES.values(), ids=MIXTURES.keys(
 @mixtures
 def test_a_token_that_is_not_finite_is_not_counted(make):
     layer, x = make(), tokens(3, 4)
-    run(layer, x, training=True)
-    clean = layer.running_counts()
+    others = x.reshape(12, 1, D)[1:]  # what a router says of a token does not depend on the rest
+    run(layer, others, training=True)
+    expected = layer.running_counts()
     layer.reset_running_counts()
     x[0, 0] = np.nan
     run(layer, x, training=True)
-    spoilt = layer.running_counts()
-    per_decision = [np.mean(c["entropy"] / c["decisions"]) for c in (clean, spoilt)]
-    assert clean["decisions"] == 12
-    assert spoilt["decisions"] == 11
-    np.testing.assert_allclose(per_decision[0], per_decision[1], rtol=0.02)
+    counts = layer.running_counts()
+    assert counts["decisions"] == expected["decisions"] == 11
+    np.testing.assert_allclose(counts["entropy"], expected["entropy"], rtol=1e-5)
+    if "importance" in counts:
+        np.testing.assert_allclose(counts["importance"], expected["importance"], rtol=1e-5)
 
 
 @mixtures
