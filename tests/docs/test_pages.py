@@ -1,6 +1,5 @@
 """The Python in README.md and docs/ runs, and prints what the pages show."""
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -71,8 +70,6 @@ def test_python_of_a_page_runs(page, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("page", IN_SUBPROCESS, ids=name_of)
 def test_python_of_a_keras_2_page_runs(page, tmp_path):
-    if importlib.util.find_spec("tensorflow_recommenders") is None:
-        pytest.skip("needs keras-moe[tfrs]")
     script = tmp_path / "page.py"
     script.write_text("\n\n".join(block.code for block in blocks_of(page)))
     environment = {
