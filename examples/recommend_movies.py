@@ -60,11 +60,12 @@ from movielens.data import (
 )
 from movielens.features import Examples, Past, batches
 from movielens.figures import FIGURES, compare, measure
-from movielens.model import TASKS, build_gates, build_ranker, count_dense_parameters
+from movielens.model import TASKS, build_ranker, count_dense_parameters, movie_features
 from movielens.report import write_report
 from rich.console import Console
 
 from keras_moe.integrations.tfrs import KerasBridge
+from keras_moe.models import task_gates
 
 HERE = Path(__file__).parent
 SHIPPED_DATA = HERE / "data" / "ml-latest-small"
@@ -237,16 +238,14 @@ def train(setting: Setting, trunk: str, seed: int) -> Run:
 
 
 def build(setting: Setting, trunk: str, seed: int) -> keras.Model:
-    return build_ranker(
-        trunk,
+    described = movie_features(
         num_users=setting.data.num_users,
         num_movie_rows=setting.past.num_embedding_rows,
         num_genres=len(setting.data.genre_names),
         scalar_mean=setting.scalar_mean,
         scalar_variance=setting.scalar_variance,
-        num_experts=setting.options.experts,
-        seed=seed,
     )
+    return build_ranker(trunk, described, num_experts=setting.options.experts, seed=seed)
 
 
 def training_batches(setting: Setting, seed: int) -> Iterator[dict]:
@@ -397,7 +396,7 @@ class GateUse:
 
 def measure_gates(setting: Setting, run: Run) -> GateUse:
     """Run the gates over the test examples."""
-    gates = build_gates(run.ranker)
+    gates = task_gates(run.ranker)
     test = setting.test[np.flatnonzero(setting.test.in_catalogue)]
     parts = [
         gates.predict_on_batch(batch["features"])

@@ -36,7 +36,7 @@ def get(
         top_k: experts per token, for rules that do not fix it themselves.
         balance_weight: coefficient of the balance loss.
         z_loss_weight: coefficient of the router z-loss.
-        seed: seed of the router's noise.
+        seed: seed of the router's noise. Defaults to `None`.
         **kwargs: passed to a named router's constructor.
 
     Raises:

@@ -5,18 +5,18 @@ from pathlib import Path
 
 import keras
 import numpy as np
+from inputs import inputs_of
 
 import keras_moe  # noqa: F401  (registers the layers)
-
-rng = np.random.default_rng(1)
-ids = rng.integers(1, 20, size=(9, 6)).astype("int32")
-ids[:3, 4:] = 0
 
 folder, outputs = Path(sys.argv[1]), {}
 for path in sorted(folder.glob("*.keras")):
     saved_on, name = path.stem.split("-")
     # Keras saves an optimizer's class as the backend's own; layers and weights load everywhere.
     model = keras.saving.load_model(path, compile=False)
-    outputs.setdefault(saved_on, {})[name] = model.predict(ids, verbose=0)
+    predicted = model.predict(inputs_of(model, examples=9, seed=1), verbose=0)
+    if isinstance(predicted, dict):
+        predicted = np.concatenate([predicted[task] for task in sorted(predicted)], axis=-1)
+    outputs.setdefault(saved_on, {})[name] = predicted
 for saved_on, arrays in outputs.items():
     np.savez(folder / f"{saved_on}-{keras.backend.backend()}.npz", **arrays)

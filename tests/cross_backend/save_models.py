@@ -1,12 +1,16 @@
-"""Trains a model per layer for two steps and saves it: run in a process per backend."""
+"""Trains a model per layer, and the ready-made models, for two steps and saves them.
+
+Run in a process per backend.
+"""
 
 import sys
 from pathlib import Path
 
 import keras
 import numpy as np
+from inputs import ROWS_OF_IDS, inputs_of
 
-from keras_moe import layers
+from keras_moe import layers, models
 
 WIDTH = 6
 
@@ -29,24 +33,49 @@ def mixtures():
 
 def model_of(layer):
     inputs = keras.Input((None,), dtype="int32")
-    embedded = keras.layers.Embedding(20, WIDTH, mask_zero=True)(inputs)
+    embedded = keras.layers.Embedding(ROWS_OF_IDS, WIDTH, mask_zero=True)(inputs)
     mixed = keras.tree.flatten(layer(embedded))
     outputs = keras.layers.Add()(mixed) if len(mixed) > 1 else mixed[0]
     pooled = keras.layers.GlobalAveragePooling1D()(outputs)
     return keras.Model(inputs, keras.layers.Dense(3)(pooled))
 
 
-def data():
-    rng = np.random.default_rng(0)
-    ids = rng.integers(1, 20, size=(12, 7)).astype("int32")
-    ids[:, 5:] = 0
-    return ids, rng.normal(size=(12, 3)).astype("float32")
+def ready_made():
+    """The functional models of `keras_moe.models`."""
+    small = {"patch_size": 2, "width": 8, "depth": 2, "num_heads": 2}
+    features = models.features
+    return {
+        "vit": models.vit(
+            (4, 4, 1),
+            3,
+            **small,
+            qk_norm=True,
+            dropout=0.1,
+            feed_forward="soft_moe",
+            feed_forward_arguments={"num_experts": 4},
+        ),
+        "ranker": models.multitask_ranker(
+            [
+                features.Categorical("user", ROWS_OF_IDS),
+                features.Categorical("movie", ROWS_OF_IDS),
+                features.History("recent", 5, of="movie"),
+                features.MultiHot("genres", 4),
+                features.Numeric("scalars", 3, mean=[0.0, 1.0, 2.0], variance=[1.0, 2.0, 3.0]),
+            ],
+            {"click": "binary", "rating": "regression"},
+            interactions=[("user", "movie"), ("recent", "movie")],
+        ),
+    }
 
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    for name, layer in mixtures().items():
-        model = model_of(layer)
+    rng = np.random.default_rng(0)
+    for name, model in ({n: model_of(m) for n, m in mixtures().items()} | ready_made()).items():
+        inputs = inputs_of(model, examples=12, seed=0)
+        targets = keras.tree.map_structure(
+            lambda output: rng.normal(size=(12, output.shape[-1])), model.output
+        )
         model.compile(keras.optimizers.SGD(0.5), "mse")
-        model.fit(*data(), batch_size=6, verbose=0)
+        model.fit(inputs, targets, batch_size=6, verbose=0)
         model.save(folder / f"{keras.backend.backend()}-{name}.keras")

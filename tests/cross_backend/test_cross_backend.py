@@ -43,7 +43,7 @@ def predictions(tmp_path_factory):
 @pytest.mark.parametrize("saved_on", BACKENDS)
 def test_predictions_agree(predictions, saved_on, loaded_on, record_property):
     names = {name for _, _, name in predictions}
-    assert len(names) >= 9
+    assert {"moe", "switch", "soft", "mmoe", "vit", "ranker"} <= names
     for name in sorted(names):
         expected = predictions[saved_on, saved_on, name]
         error = np.abs(predictions[saved_on, loaded_on, name] - expected).max()

@@ -544,20 +544,16 @@ class TestScript:
 
 @pytest.fixture(scope="module")
 def build():
-    from movielens.model import build_ranker
+    from movielens.model import build_ranker, movie_features
 
-    def build(trunk: str, **arguments):
-        return build_ranker(
-            trunk,
-            num_users=7,
-            num_movie_rows=11,
-            num_genres=3,
-            scalar_mean=np.zeros(4, "float32"),
-            scalar_variance=np.ones(4, "float32"),
-            **arguments,
-        )
-
-    return build
+    described = movie_features(
+        num_users=7,
+        num_movie_rows=11,
+        num_genres=3,
+        scalar_mean=np.zeros(4, "float32"),
+        scalar_variance=np.ones(4, "float32"),
+    )
+    return lambda trunk, **settings: build_ranker(trunk, described, **settings)
 
 
 class TestModel:
@@ -572,27 +568,9 @@ class TestModel:
         ]
         assert abs(sizes[0] - sizes[1]) / sizes[0] < 0.02
 
-    def test_gates_are_distributions_over_experts(self, build):
-        from movielens.model import build_gates
-
-        gates = build_gates(build("mmoe", num_experts=5))
-        rng = np.random.default_rng(0)
-        features = {
-            "user": rng.integers(0, 7, 6),
-            "movie": rng.integers(0, 11, 6),
-            "year": rng.integers(0, 30, 6),
-            "genres": rng.random((6, 3)),
-            "recent": rng.integers(0, 11, (6, RECENT)),
-            "recent_liked": np.zeros((6, RECENT), int),  # nothing liked yet
-            "genre_share": rng.random((6, 3)),
-            "genre_liking": rng.random((6, 3)),
-            "scalars": rng.random((6, 4)),
-        }
-        weights = np.array(gates.predict_on_batch(features))
-        assert weights.shape == (6, 3, 5)
-        np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-6)
-        assert np.isfinite(weights).all()
-
-    def test_unknown_trunk(self, build):
-        with pytest.raises(ValueError, match=r"`trunk` must be .* Received: trunk=\'tree\'"):
-            build("tree")
+    def test_reads_the_features_that_the_data_has(self, build, past):
+        inputs = build("mmoe").input
+        batch = past.features(past.ratings(VALIDATION)[:3])
+        assert set(inputs) == set(batch)
+        lengths = {name: values.ndim for name, values in batch.items()}
+        assert lengths == {name: len(tensor.shape) for name, tensor in inputs.items()}

@@ -1,0 +1,59 @@
+"""The mean of a history's vectors, without its padding."""
+
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_moe import _checks
+from keras_moe.types import Shape, Tensor
+
+
+@keras.saving.register_keras_serializable(package="keras_moe")
+class HistoryMean(keras.layers.Layer):
+    """Averages vectors over the places whose id is not 0; a history without any gives zeros.
+
+    y[b,:] = sum_n [ids[b,n] != 0] x[b,n,:] / max(1, sum_n [ids[b,n] != 0])
+
+    `GlobalAveragePooling1D` with a mask divides by 0 for a history without any.
+
+    Call arguments:
+        inputs: The vectors `(batch, n, d)` and the ids `(batch, n)`, in a list.
+
+    Input shape:
+        `[(batch, n, d), (batch, n)]`
+
+    Output shape:
+        `(batch, d)`
+
+    Raises:
+        ValueError: on inputs of other ranks.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from keras_moe.models import HistoryMean
+    >>> vectors = np.array([[[2.0], [4.0], [9.0]], [[1.0], [1.0], [1.0]]], "float32")
+    >>> ids = np.array([[7, 5, 0], [0, 0, 0]])
+    >>> HistoryMean()([vectors, ids]).shape == (2, 1)
+    True
+    """
+
+    def build(self, input_shape: Any) -> None:
+        vectors, ids = (tuple(shape) for shape in input_shape)
+        if len(vectors) != 3 or len(ids) != 2:
+            _checks.fail("`HistoryMean` expects [(batch, n, d), (batch, n)].", shapes=input_shape)
+
+    def call(self, inputs: Any) -> Tensor:
+        vectors, ids = inputs
+        known = ops.not_equal(ids, 0)
+        # In float32 at least: bfloat16 cannot add up a long history.
+        wide = keras.backend.result_type(self.compute_dtype, "float32")
+        kept = ops.where(known[..., None], ops.cast(vectors, wide), 0.0)
+        count = ops.sum(ops.cast(known, wide), axis=1)
+        mean = ops.sum(kept, axis=1) / ops.maximum(count, 1.0)[:, None]
+        return ops.cast(mean, self.compute_dtype)
+
+    def compute_output_shape(self, input_shape: Any) -> Shape:
+        vectors = tuple(input_shape[0])
+        return (vectors[0], vectors[-1])

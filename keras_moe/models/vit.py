@@ -1,0 +1,288 @@
+"""Vision Transformers whose feed-forward layers may be mixtures of experts."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import keras
+from keras import layers
+
+from keras_moe import _checks
+from keras_moe.layers import MoE, SoftMoE, SwitchFFN
+from keras_moe.models.position_embedding import PositionEmbedding
+from keras_moe.models.qk_norm_attention import QKNormAttention
+from keras_moe.types import Activation, Config, Tensor
+
+VIT_SIZES: dict[str, dict[str, int]] = {
+    # Ti and S: Touvron et al. 2020 (DeiT), table 1; B, L and H: Dosovitskiy et al. 2020, table 1.
+    "Ti": {"width": 192, "depth": 12, "num_heads": 3, "mlp_dim": 768},
+    "S": {"width": 384, "depth": 12, "num_heads": 6, "mlp_dim": 1536},
+    "B": {"width": 768, "depth": 12, "num_heads": 12, "mlp_dim": 3072},
+    "L": {"width": 1024, "depth": 24, "num_heads": 16, "mlp_dim": 4096},
+    "H": {"width": 1280, "depth": 32, "num_heads": 16, "mlp_dim": 5120},
+}
+
+_MIXTURES: dict[str, Callable[..., keras.layers.Layer]] = {
+    "moe": MoE,
+    "soft_moe": SoftMoE,
+    "switch": SwitchFFN,
+}
+_EPSILON = 1e-6  # of every LayerNorm: Dosovitskiy et al.'s code
+
+
+def vit(
+    input_shape: Sequence[int],
+    num_classes: int | None,
+    *,
+    size: str | None = None,
+    patch_size: int = 16,
+    width: int | None = None,
+    depth: int | None = None,
+    num_heads: int | None = None,
+    mlp_dim: int | None = None,
+    feed_forward: str | Callable[[int], keras.layers.Layer] = "dense",
+    feed_forward_arguments: Mapping[str, Any] | None = None,
+    moe_layers: str | int | Sequence[int] = "last_half",
+    activation: Activation = "gelu",
+    qk_norm: bool = False,
+    dropout: float = 0.0,
+    classifier_activation: Activation = "softmax",
+    name: str = "vit",
+) -> keras.Model:
+    """Builds a Vision Transformer, a functional model from images to classes.
+
+    x = patches(image) @ W + b + positions
+    for each block: x = x + attention(norm(x)); x = x + feed_forward(norm(x))
+    classes = activation(mean_n(norm(x)) @ head)
+
+    Pre-norm, learned positions, global average pooling, no class token. The blocks of `moe_layers`
+    have the feed-forward that is asked for, the others a dense one of `mlp_dim` hidden units.
+    Initial weights follow `keras.utils.set_random_seed`.
+
+    Args:
+        input_shape: `(height, width, channels)` of the images, which divide into whole patches.
+        num_classes: Positive integer, the classes; None for a model that returns the pooled
+            features `(batch, width)`.
+        size: `"Ti"`, `"S"`, `"B"`, `"L"` or `"H"`, which sets `width`, `depth`, `num_heads` and
+            `mlp_dim` where they are None. Defaults to `None`.
+        patch_size: Positive integer, the side of a patch in pixels. Defaults to `16`.
+        width: Positive integer, the model width d, a multiple of `num_heads`. Defaults to `None`.
+        depth: Positive integer, the number of blocks. Defaults to `None`.
+        num_heads: Positive integer, the attention heads. Defaults to `None`.
+        mlp_dim: Positive integer, the hidden units of a dense feed-forward, and of each expert
+            unless `feed_forward_arguments` say otherwise; None without a `size` for 4 `width`.
+            Defaults to `None`.
+        feed_forward: `"dense"`, `"moe"`, `"soft_moe"`, `"switch"`, or a function that takes a
+            block's index and returns a new layer from `(batch, patches, width)` to the same.
+            Defaults to `"dense"`.
+        feed_forward_arguments: Arguments of the `MoE`, `SoftMoE` or `SwitchFFN` of that name, such
+            as `{"num_experts": 8}`, which they need. Defaults to `None`.
+        moe_layers: The blocks that take `feed_forward`: `"last_half"` (Soft MoE's and V-MoE's
+            choice), an integer n for every n-th block, or a sequence of indices from 0. Defaults to
+            `"last_half"`.
+        activation: Activation of the hidden units; experts by name take it too, unless
+            `feed_forward_arguments` say otherwise. Defaults to `"gelu"`.
+        qk_norm: Whether queries and keys are normalised (Dehghani et al. 2023, section 2).
+            Defaults to `False`.
+        dropout: Float in [0, 1), dropout on the embedded patches, after attention, and after both
+            layers of a feed-forward. Defaults to `0.0`.
+        classifier_activation: Activation of the head; None for logits. Defaults to `"softmax"`.
+        name: Name of the model. Defaults to `"vit"`.
+
+    Returns:
+        A `keras.Model` from `(batch, height, width, channels)` to `(batch, num_classes)`, float32.
+        The mixtures are its layers `block_{index}_{feed_forward}`.
+
+    Raises:
+        ValueError: on images that do not divide into patches, an unknown size or feed-forward,
+            blocks out of range, or sizes that are missing or do not fit together.
+
+    Example:
+
+    >>> from keras_moe.models import vit
+    >>> model = vit(
+    ...     (8, 8, 1), 10, patch_size=2, width=32, depth=2, num_heads=2,
+    ...     feed_forward="soft_moe", feed_forward_arguments={"num_experts": 16},
+    ... )
+    >>> model.get_layer("block_1_soft_moe").num_experts
+    16
+
+    Reference:
+        Dosovitskiy et al. 2020, "An Image is Worth 16x16 Words", section 3.1; Puigcerver et al.
+        2023, "From Sparse to Soft Mixtures of Experts", section 3 (mixtures in the last half, no
+        class token).
+    """
+    rows, columns = _checked_patches(input_shape, patch_size)
+    sizes = _checked_sizes(size, width=width, depth=depth, num_heads=num_heads, mlp_dim=mlp_dim)
+    width, depth = sizes["width"], sizes["depth"]
+    if num_classes is not None:
+        _checks.positive_int("num_classes", num_classes)
+    dropout = _checks.rate("dropout", dropout)
+    make_mixture = _mixture_factory(
+        feed_forward,
+        feed_forward_arguments,
+        {"hidden_dim": sizes["mlp_dim"], "activation": activation, "dropout": dropout},
+    )
+    mixture_blocks = _checked_blocks(moe_layers, depth)
+
+    def drop(x: Tensor, layer_name: str) -> Tensor:
+        return layers.Dropout(dropout, name=layer_name)(x) if dropout else x
+
+    def norm(x: Tensor, layer_name: str) -> Tensor:
+        return layers.LayerNormalization(epsilon=_EPSILON, name=layer_name)(x)
+
+    def mlp(x: Tensor, prefix: str) -> Tensor:
+        x = layers.Dense(sizes["mlp_dim"], activation=activation, name=f"{prefix}_mlp_hidden")(x)
+        x = drop(x, f"{prefix}_mlp_hidden_dropout")
+        return layers.Dense(width, name=f"{prefix}_mlp_output")(x)
+
+    attention = QKNormAttention if qk_norm else layers.MultiHeadAttention
+    images = keras.Input(tuple(input_shape), name="images")
+    x = layers.Conv2D(
+        width,
+        patch_size,
+        strides=patch_size,
+        data_format="channels_last",
+        name="patch_embedding",
+    )(images)
+    x = layers.Reshape((rows * columns, width), name="patches")(x)
+    x = drop(PositionEmbedding(name="position_embedding")(x), "embedding_dropout")
+    for block in range(depth):
+        prefix = f"block_{block}"
+        y = norm(x, f"{prefix}_attention_norm")
+        y = attention(sizes["num_heads"], width // sizes["num_heads"], name=f"{prefix}_attention")(
+            y, y
+        )
+        x = layers.Add(name=f"{prefix}_attention_residual")(
+            [x, drop(y, f"{prefix}_attention_dropout")]
+        )
+        y = norm(x, f"{prefix}_feed_forward_norm")
+        if make_mixture is not None and block in mixture_blocks:
+            y = _checked_mixture(make_mixture(block), y)
+        else:
+            y = mlp(y, prefix)
+        x = layers.Add(name=f"{prefix}_feed_forward_residual")(
+            [x, drop(y, f"{prefix}_feed_forward_dropout")]
+        )
+    x = norm(x, "encoder_norm")
+    x = layers.GlobalAveragePooling1D(name="pooling")(x)
+    if num_classes is not None:
+        # Zeros: the first predictions are uniform (Dosovitskiy et al.'s and V-MoE's code). float32:
+        # a bfloat16 softmax over many classes does not sum to 1.
+        x = layers.Dense(
+            num_classes,
+            activation=classifier_activation,
+            kernel_initializer="zeros",
+            dtype="float32",
+            name="head",
+        )(x)
+    return keras.Model(images, x, name=name)
+
+
+def _checked_patches(input_shape: Sequence[int], patch_size: int) -> tuple[int, int]:
+    """Returns the rows and columns of patches in an image."""
+    _checks.positive_int("patch_size", patch_size)
+    shape = tuple(input_shape)
+    if len(shape) != 3 or not all(isinstance(side, int) and side > 0 for side in shape):
+        _checks.fail(
+            "`input_shape` must be (height, width, channels), positive integers.",
+            input_shape=input_shape,
+        )
+    height, width, _ = shape
+    if height % patch_size or width % patch_size:
+        _checks.fail(
+            f"`input_shape` must divide into whole patches of {patch_size} x {patch_size} pixels "
+            f"(`patch_size`).",
+            input_shape=shape,
+            patch_size=patch_size,
+        )
+    return height // patch_size, width // patch_size
+
+
+def _checked_sizes(size: str | None, **given: int | None) -> dict[str, int]:
+    """Returns width, depth, num_heads and mlp_dim, from what was given or else from the size."""
+    sizes: dict[str, Any] = dict(given)
+    if size is not None:
+        named = VIT_SIZES[_checks.one_of("size", size, VIT_SIZES)]
+        sizes = {part: named[part] if value is None else value for part, value in sizes.items()}
+    for part in ("width", "depth", "num_heads"):
+        if sizes[part] is None:
+            _checks.fail(f"`{part}` must be a positive integer where `size` is None.", **sizes)
+        _checks.positive_int(part, sizes[part])
+    if sizes["mlp_dim"] is None:
+        sizes["mlp_dim"] = 4 * sizes["width"]
+    _checks.positive_int("mlp_dim", sizes["mlp_dim"])
+    if sizes["width"] % sizes["num_heads"]:
+        _checks.fail(
+            "`width` must be a multiple of `num_heads`.",
+            width=sizes["width"],
+            num_heads=sizes["num_heads"],
+        )
+    return sizes
+
+
+def _checked_blocks(moe_layers: str | int | Sequence[int], depth: int) -> frozenset[int]:
+    """Returns the indices of the blocks that take the mixture."""
+    if moe_layers == "last_half":
+        return frozenset(range(depth - depth // 2, depth))
+    if isinstance(moe_layers, int):
+        every = _checks.int_between("moe_layers", moe_layers, 1, depth, "depth")
+        return frozenset(range(every - 1, depth, every))
+    if isinstance(moe_layers, Sequence) and not isinstance(moe_layers, str):
+        for block in moe_layers:
+            _checks.int_between("moe_layers", block, 0, depth - 1, "depth - 1")
+        if len(set(moe_layers)) != len(moe_layers):
+            _checks.fail("`moe_layers` must name a block once.", moe_layers=moe_layers)
+        return frozenset(moe_layers)
+    _checks.fail(
+        "`moe_layers` must be 'last_half', an integer n for every n-th block, or a sequence of "
+        "block indices.",
+        moe_layers=moe_layers,
+    )
+
+
+def _mixture_factory(
+    feed_forward: str | Callable[[int], keras.layers.Layer],
+    arguments: Mapping[str, Any] | None,
+    defaults: Config,
+) -> Callable[[int], keras.layers.Layer] | None:
+    """Returns what makes the feed-forward of a block, None for the dense one."""
+    if isinstance(feed_forward, str) and feed_forward in _MIXTURES:
+        make, name = _MIXTURES[feed_forward], feed_forward
+        if "num_experts" not in (arguments or {}):
+            _checks.fail(
+                f"`feed_forward_arguments` must give the `num_experts` of {name!r}.",
+                feed_forward_arguments=arguments,
+            )
+        return lambda block: make(
+            **{**defaults, **(arguments or {}), "name": f"block_{block}_{name}"}
+        )
+    if arguments is not None:
+        _checks.fail(
+            "`feed_forward_arguments` belong to a `feed_forward` of the names "
+            f"{sorted(_MIXTURES)}.",
+            feed_forward=feed_forward,
+            feed_forward_arguments=arguments,
+        )
+    if feed_forward == "dense":
+        return None
+    if isinstance(feed_forward, str | keras.layers.Layer) or not callable(feed_forward):
+        _checks.fail(
+            f"`feed_forward` must be one of {sorted(['dense', *_MIXTURES])} or a function of the "
+            "block's index that returns a new layer (one layer for all blocks would share its "
+            "weights).",
+            feed_forward=feed_forward,
+        )
+    return feed_forward
+
+
+def _checked_mixture(layer: Any, x: Tensor) -> Tensor:
+    """Calls a block's feed-forward and checks that the residual can be added to what it returns."""
+    if not isinstance(layer, keras.layers.Layer):
+        _checks.fail("`feed_forward` must return a Keras layer.", returned=layer)
+    y = layer(x)
+    if getattr(y, "shape", None) != x.shape:
+        _checks.fail(
+            f"`feed_forward` must return a layer that keeps the shape {x.shape}.",
+            **{"output shape": getattr(y, "shape", type(y).__name__)},
+        )
+    return y
