@@ -100,7 +100,9 @@ class ExpertFeedForward(keras.layers.Layer):
             return None
         if isinstance(experts, dict):
             experts = keras.saving.deserialize_keras_object(experts)
-        if isinstance(experts, keras.layers.Layer) and hasattr(experts, "num_experts"):
+        is_mixture = isinstance(experts, ExpertFeedForward)  # one expert, of experts of its own
+        is_layer = isinstance(experts, keras.layers.Layer)
+        if is_layer and hasattr(experts, "num_experts") and not is_mixture:
             if experts.num_experts != self.num_experts:
                 _checks.fail(
                     f"A bank of `experts` must have num_experts={self.num_experts}.",

@@ -148,3 +148,20 @@ def test_an_expert_belongs_to_one_layer():
     layers.MoE(2, experts=experts)
     with pytest.raises(ValueError, match="one layer only"):
         layers.MoE(2, experts=experts)
+
+
+def test_a_mixture_is_one_expert_of_a_mixture():
+    """Also where it happens to have as many experts as the layer around it."""
+    inner = layers.MoE(2, 4, top_k=1)
+    layer = layers.MoE(2, experts=[inner, keras.layers.Dense(D)], top_k=1)
+    copied = layers.MoE(2, experts=layers.MoE(2, 4, top_k=1), top_k=1)
+    x = tokens()
+    outputs, routing = run(layer, x, return_routing=True)
+    outputs, chosen, weights = arrays((outputs, routing.experts, routing.weights))
+    to_inner = chosen[:, 0] == 0
+    assert 0 < to_inner.sum() < len(x)
+    expected = (weights * arrays(inner(x))[0])[to_inner]
+    np.testing.assert_allclose(outputs[to_inner], expected, rtol=1e-5, atol=1e-6)
+    copied.build((None, D))
+    nested = [e for e in copied.experts._flatten_layers() if isinstance(e, layers.MoE)]
+    assert len(nested) == 2
