@@ -1,6 +1,10 @@
 """Mixture-of-Experts for Keras 3, on TensorFlow, JAX and PyTorch."""
 
-from keras_moe import callbacks, dispatch, layers, routers
+from importlib import import_module
+from typing import Any
+
+# All that registers a Keras class is imported here: saved models load after `import keras_moe`.
+from keras_moe import callbacks, dispatch, layers, models, routers
 from keras_moe.routing import GateRouting, Routing, SoftRouting
 from keras_moe.version import __version__
 
@@ -12,5 +16,13 @@ __all__ = [
     "callbacks",
     "dispatch",
     "layers",
+    "models",
     "routers",
+    "tuning",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "tuning":  # what only a search needs
+        return import_module("keras_moe.tuning")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -62,8 +62,9 @@ def forwarded_names(text: str) -> tuple[bool, set[str]]:
 def signature_arguments(constructor: Any) -> dict[str, inspect.Parameter]:
     """The parameters that a user passes; Keras documents `name`, and `**kwargs` are its own."""
     hidden = {"self", "cls", "name"}
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return {
         name: parameter
         for name, parameter in inspect.signature(constructor).parameters.items()
-        if name not in hidden and parameter.kind is not inspect.Parameter.VAR_KEYWORD
+        if name not in hidden and parameter.kind not in variadic
     }

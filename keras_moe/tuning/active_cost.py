@@ -1,0 +1,160 @@
+"""An objective that knows what a model costs."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_moe import _checks
+from keras_moe.tuning._keras_tuner import import_keras_tuner
+from keras_moe.tuning.active_flops import active_flops
+from keras_moe.tuning.active_parameters import active_parameters
+
+_DIRECTIONS = ("max", "min")
+
+
+@keras.saving.register_keras_serializable(package="keras_moe")
+class ActiveCost(keras.callbacks.Callback):
+    """Scores a trial by a metric and by the FLOPs and parameters that an example makes active.
+
+    score = mean(metrics) * (flops / target_flops)^-w * (parameters / target_parameters)^-w
+    with the exponents +w where `direction` is "min". A callback for `tuner.search`, of any tuner
+    and any hypermodel; its `objective` is the tuner's. Every epoch's logs, and so every trial's
+    metrics, get `active_flops`, `active_parameters`, and the score under the objective's name.
+
+    A model above a cap fails its trial before it trains, with both numbers in the trial's message.
+    KerasTuner ends a search after 3 failed trials in a row, unless its
+    `max_consecutive_failed_trials` says otherwise.
+
+    Args:
+        metric: Name in the logs, such as `"val_accuracy"`, or a sequence of names, whose mean
+            counts; numbers of at least 0.
+        direction: `"max"` or `"min"`, which way the metric is better.
+        max_flops: Positive number, the active FLOPs per example, forward, above which a trial
+            fails; None for no cap. Defaults to `None`.
+        max_parameters: Positive number, the active parameters above which a trial fails; None for
+            no cap. Defaults to `None`.
+        target_flops: Positive number, the active FLOPs that leave the metric as it is; None for no
+            penalty of FLOPs. Defaults to `None`.
+        target_parameters: Positive number, the same for active parameters. Defaults to `None`.
+        exponent: Number w of at least 0, or a pair of them, at or below the target and above it.
+            `0.07` is MnasNet's soft constraint: twice the cost for 5 % more of the metric.
+            `(0.0, 1.0)` is its hard one. Defaults to `0.07`.
+
+    Raises:
+        ValueError: on arguments out of range.
+        ImportError: from `objective` and from a cap, where keras-tuner is missing.
+
+    Example:
+
+    >>> from keras_moe import tuning
+    >>> cost = tuning.ActiveCost("val_accuracy", "max", max_flops=2e6, target_flops=1e6)
+    >>> cost.objective.name, cost.objective.direction
+    ('val_accuracy_at_cost', 'max')
+    >>> round(cost.score(0.9, flops=2_000_000, parameters=50_000), 4)
+    0.8574
+
+    Reference:
+        Tan et al. 2019, "MnasNet: Platform-Aware Neural Architecture Search for Mobile", section
+        3.1, equation 2.
+    """
+
+    def __init__(
+        self,
+        metric: str | Sequence[str],
+        direction: str,
+        *,
+        max_flops: float | None = None,
+        max_parameters: float | None = None,
+        target_flops: float | None = None,
+        target_parameters: float | None = None,
+        exponent: float | Sequence[float] = 0.07,
+    ) -> None:
+        super().__init__()
+        metrics = [metric] if isinstance(metric, str) else list(metric)
+        if not metrics or not all(isinstance(name, str) and name for name in metrics):
+            _checks.fail("`metric` must be a name in the logs or a list of them.", metric=metric)
+        self.metrics = metrics
+        self.direction = _checks.one_of("direction", direction, _DIRECTIONS)
+        self.max_flops = _checks.optional(_checks.positive, "max_flops", max_flops)
+        self.max_parameters = _checks.optional(_checks.positive, "max_parameters", max_parameters)
+        self.target_flops = _checks.optional(_checks.positive, "target_flops", target_flops)
+        self.target_parameters = _checks.optional(
+            _checks.positive, "target_parameters", target_parameters
+        )
+        pair = [exponent, exponent] if isinstance(exponent, int | float) else list(exponent)
+        if len(pair) != 2:
+            _checks.fail("`exponent` must be a number or a pair of numbers.", exponent=exponent)
+        self.exponent = tuple(_checks.non_negative("exponent", each) for each in pair)
+        self._flops, self._parameters = 0, 0
+
+    @property
+    def name(self) -> str:
+        """The name of the score in the logs."""
+        name = self.metrics[0] if len(self.metrics) == 1 else f"mean({', '.join(self.metrics)})"
+        has_target = self.target_flops is not None or self.target_parameters is not None
+        return f"{name}_at_cost" if has_target else name
+
+    @property
+    def objective(self) -> Any:
+        """The `keras_tuner.Objective` of the score."""
+        return import_keras_tuner().Objective(self.name, self.direction)
+
+    def score(self, metric: float, flops: float, parameters: float) -> float:
+        """Returns the metric, worse for what the model costs above the target.
+
+        Args:
+            metric: value of the metric, at least 0.
+            flops: active FLOPs per example.
+            parameters: active parameters.
+        """
+        if metric < 0:
+            _checks.fail(
+                "`metric` must be at least 0 to be multiplied by a penalty.",
+                **{", ".join(self.metrics): metric},
+            )
+        factor = 1.0
+        for cost, target in ((flops, self.target_flops), (parameters, self.target_parameters)):
+            if target is not None:
+                ratio = cost / target
+                factor *= ratio ** self.exponent[int(ratio > 1)]
+        return metric / factor if self.direction == "max" else metric * factor
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        self._flops, self._parameters = active_flops(self.model), active_parameters(self.model)
+        self._check_cap("FLOPs per example", self._flops, "max_flops", self.max_flops)
+        self._check_cap("parameters", self._parameters, "max_parameters", self.max_parameters)
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        logs = {} if logs is None else logs
+        missing = [name for name in self.metrics if name not in logs]
+        if missing:
+            # Fatal, because it would be missing in every trial.
+            raise import_keras_tuner().errors.FatalValueError(
+                f"`metric` must be among {sorted(logs)}, the logs of `fit`; names that start with "
+                f"'val_' need validation data. Received: metric={missing}"
+            )
+        mean = float(np.mean([float(logs[name]) for name in self.metrics]))
+        logs["active_flops"] = self._flops
+        logs["active_parameters"] = self._parameters
+        if self.name not in self.metrics:
+            logs[self.name] = self.score(mean, self._flops, self._parameters)
+
+    def _check_cap(self, what: str, cost: int, name: str, cap: float | None) -> None:
+        if cap is not None and cost > cap:
+            raise import_keras_tuner().errors.FailedTrialError(
+                f"The model has {cost:,} active {what}, above {name}={cap:,.0f}. It was not "
+                "trained."
+            )
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            "metric": list(self.metrics),
+            "direction": self.direction,
+            "max_flops": self.max_flops,
+            "max_parameters": self.max_parameters,
+            "target_flops": self.target_flops,
+            "target_parameters": self.target_parameters,
+            "exponent": list(self.exponent),
+        }

@@ -1,0 +1,208 @@
+"""Search space of the sparse mixture."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from keras_moe import _checks
+from keras_moe.tuning._choices import Choices, candidates, checked
+
+_ROUTERS = ("dense", "switch", "top_k")
+_HIDDEN_DIMS = (128, 64, 256)
+
+
+def moe_space(
+    hp: Any,
+    name: str,
+    *,
+    num_experts: int | Sequence[int] = (8, 4, 16),
+    hidden_dim: int | Sequence[int] | None = None,
+    active_hidden_dim: int | Sequence[int] | None = None,
+    router: str | Sequence[str] = "top_k",
+    top_k: int | Sequence[int] = (2, 1, 4),
+    num_shared_experts: int | Sequence[int] = 0,
+    capacity_factor: float | Sequence[float | None] | None = (None, 1.25, 2.0),
+    eval_capacity_factor: float = 2.0,
+    balance_weight: float | Sequence[float] = (0.01, 0.001, 0.1),
+    z_loss_weight: float | Sequence[float] = 0.001,
+    dropout: float | Sequence[float] = 0.0,
+) -> dict[str, Any]:
+    """Draws the arguments of a `MoE` layer.
+
+    Each argument is a value, which stays out of the search, or a list or tuple of values to choose
+    from, the first of them the default. Hyperparameters are named `{name}/{argument}`.
+
+    `top_k` is never above `num_experts`: experts too few for every choice of `top_k` have a
+    hyperparameter of their own, `{name}/top_k_up_to_{largest}`. The router "dense", which drops
+    nothing, has no capacity and no balance loss. Several routers have a space each, named
+    `{name}/{router}/{argument}`.
+
+    Args:
+        hp: A `keras_tuner.HyperParameters`.
+        name: First part of the hyperparameters' names, another for each layer.
+        num_experts: The experts E. Defaults to `(8, 4, 16)`.
+        hidden_dim: The hidden width h of each expert; None for `(128, 64, 256)`. Defaults to
+            `None`.
+        active_hidden_dim: In place of `hidden_dim`, the hidden units that a token passes through
+            in all: h = active_hidden_dim / (k + shared experts), rounded, so that every choice
+            costs the FLOPs of a dense layer of this width. Defaults to `None`.
+        router: `"top_k"`, `"switch"` or `"dense"`. Defaults to `"top_k"`.
+        top_k: The experts per token k of the router "top_k"; "switch" has 1, "dense" all. Defaults
+            to `(2, 1, 4)`.
+        num_shared_experts: Experts that every token passes through. Defaults to `0`.
+        capacity_factor: Slots per expert over k N / E in training, None for dropless. 1.25 and 2.0
+            are Switch's and GShard's. Defaults to `(None, 1.25, 2.0)`.
+        eval_capacity_factor: The same at inference where there is a capacity, never below the one
+            in training. Defaults to `2.0` (Switch, ST-MoE).
+        balance_weight: Coefficient of the balance loss. Defaults to `(0.01, 0.001, 0.1)` (around
+            Switch's).
+        z_loss_weight: Coefficient of the router z-loss. Defaults to `0.001` (ST-MoE).
+        dropout: Dropout after the experts' hidden layer. Defaults to `0.0`.
+
+    Returns:
+        A dict of arguments of `MoE`; empty inside of a conditional scope that is not active.
+
+    Raises:
+        ValueError: on no values to choose from, values out of range, an unknown router, experts
+            fewer than every choice of `top_k`, or both widths given.
+
+    Example:
+
+    >>> import keras_tuner
+    >>> from keras_moe import layers, tuning
+    >>> hp = keras_tuner.HyperParameters()
+    >>> arguments = tuning.moe_space(hp, "block_3", active_hidden_dim=256)
+    >>> arguments["top_k"], arguments["hidden_dim"]
+    (2, 128)
+    >>> layer = layers.MoE(**arguments)
+
+    Reference:
+        Fedus et al. 2021, "Switch Transformers", sections 2.2 and 2.4; Zoph et al. 2022,
+        "ST-MoE", section 3.
+    """
+    checked(_checks.positive_int, "num_experts", num_experts)
+    checked(_checks.positive_int, "top_k", top_k)
+    checked(lambda arg, value: _checks.one_of(arg, value, _ROUTERS), "router", router)
+    checked(
+        lambda arg, value: _checks.int_at_least(arg, value, 0),
+        "num_shared_experts",
+        num_shared_experts,
+    )
+    checked(
+        lambda arg, value: _checks.optional(_checks.positive, arg, value),
+        "capacity_factor",
+        capacity_factor,
+    )
+    checked(_checks.non_negative, "balance_weight", balance_weight)
+    checked(_checks.non_negative, "z_loss_weight", z_loss_weight)
+    checked(_checks.rate, "dropout", dropout)
+    _checks.positive("eval_capacity_factor", eval_capacity_factor)
+    if hidden_dim is not None and active_hidden_dim is not None:
+        _checks.fail(
+            "`hidden_dim` must be None where `active_hidden_dim` is given.",
+            hidden_dim=hidden_dim,
+            active_hidden_dim=active_hidden_dim,
+        )
+    width, widths = "hidden_dim", _HIDDEN_DIMS if hidden_dim is None else hidden_dim
+    if active_hidden_dim is not None:
+        width, widths = "active_hidden_dim", active_hidden_dim
+    checked(_checks.positive_int, width, widths)
+    most_experts = max(candidates("num_experts", num_experts))
+
+    rules = candidates("router", router)
+    choices = Choices(hp, name)
+    rule = choices.draw("router", router)
+    if len(rules) > 1:
+        # KerasTuner holds conditions on hyperparameters one inside of the other only, so that a
+        # `top_k` that depends on the router and on the experts needs experts of its own.
+        drawn = {}
+        for each in rules:
+            with choices.scope("router", [each]):
+                drawn[each] = moe_space(
+                    hp,
+                    f"{name}/{each}",
+                    num_experts=num_experts,
+                    hidden_dim=hidden_dim,
+                    active_hidden_dim=active_hidden_dim,
+                    router=each,
+                    top_k=top_k,
+                    num_shared_experts=num_shared_experts,
+                    capacity_factor=capacity_factor,
+                    eval_capacity_factor=eval_capacity_factor,
+                    balance_weight=balance_weight,
+                    z_loss_weight=z_loss_weight,
+                    dropout=dropout,
+                )
+        return drawn.get(rule, {})
+
+    experts = choices.draw("num_experts", num_experts)
+    if rule == "top_k":
+        chosen = _draw_top_k(choices, num_experts, top_k)
+    else:
+        chosen = 1 if rule == "switch" else experts
+    shared = choices.draw("num_shared_experts", num_shared_experts)
+    hidden = choices.draw(width, widths)
+    if active_hidden_dim is not None:
+        most = {"top_k": max(candidates("top_k", top_k)), "switch": 1}.get(rule, most_experts)
+        _check_divisible(active_hidden_dim, min(most, most_experts), num_shared_experts)
+    arguments = {"z_loss_weight": choices.draw("z_loss_weight", z_loss_weight)}
+    if rule != "dense":
+        capacity = choices.draw("capacity_factor", capacity_factor)
+        arguments["capacity_factor"] = capacity
+        if capacity is not None:
+            arguments["eval_capacity_factor"] = max(capacity, eval_capacity_factor)
+        arguments["balance_weight"] = choices.draw("balance_weight", balance_weight)
+    arguments["dropout"] = choices.draw("dropout", dropout)
+    if not choices.is_active:
+        return {}
+    if chosen is None:
+        _checks.fail(
+            f"`{choices.full_name('num_experts')}` must be one of "
+            f"{candidates('num_experts', num_experts)}, for which this space has a `top_k`.",
+            num_experts=experts,
+        )
+    if rule == "top_k":
+        arguments["top_k"] = chosen
+    if active_hidden_dim is not None:
+        hidden = round(hidden / (chosen + shared))
+    return {
+        "num_experts": experts,
+        "hidden_dim": hidden,
+        "router": rule,
+        "num_shared_experts": shared,
+        **arguments,
+    }
+
+
+def _draw_top_k(choices: Choices, num_experts: Any, top_k: Any) -> int | None:
+    """Draws k from the choices that the drawn number of experts allows."""
+    all_experts, all_k = candidates("num_experts", num_experts), candidates("top_k", top_k)
+    if min(all_experts) < min(all_k):
+        _checks.fail(
+            "`top_k` must have a choice that is not above `num_experts`, for each choice of "
+            "`num_experts`.",
+            top_k=top_k,
+            num_experts=num_experts,
+        )
+    experts_by_choices: dict[tuple[int, ...], list[int]] = {}
+    for experts in all_experts:
+        allowed = tuple(k for k in all_k if k <= experts)
+        experts_by_choices.setdefault(allowed, []).append(experts)
+    drawn = None
+    for allowed, experts in experts_by_choices.items():
+        # A name for each set of choices: KerasTuner's grid search takes hyperparameters of one name
+        # for one, whatever their conditions.
+        argument = "top_k" if allowed == all_k else f"top_k_up_to_{max(allowed)}"
+        when = ("num_experts", experts) if len(experts_by_choices) > 1 else None
+        drawn = choices.draw(argument, allowed, when) or drawn
+    return drawn
+
+
+def _check_divisible(active_hidden_dim: Any, most_chosen: int, num_shared_experts: Any) -> None:
+    """Checks that there is a hidden unit for each expert that a token may pass through."""
+    most = most_chosen + max(candidates("num_shared_experts", num_shared_experts))
+    if min(candidates("active_hidden_dim", active_hidden_dim)) < most:
+        _checks.fail(
+            f"`active_hidden_dim` must be at least {most}, the most experts that a token passes "
+            "through.",
+            active_hidden_dim=active_hidden_dim,
+        )
