@@ -1,5 +1,5 @@
-# Two commands are enough: `make demo` and `make test`. Each sets up all it needs; a second run
-# starts at once. Python 3.11 or newer and make must be there.
+# Two commands are enough: `make demo` and `make test`; `make vision` and `make tune` run the other
+# examples. Each sets up all it needs; a second run starts at once. Python 3.11 or newer and make must be there.
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,10 +9,19 @@ TFRS := TF_USE_LEGACY_KERAS=1 KERAS_BACKEND=tensorflow
 PYTEST := $(BIN)/python -m pytest -n 2
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: demo test lint docs test-jax test-tensorflow test-torch test-tfrs test-once constraints clean
+.PHONY: demo vision tune test lint docs test-jax test-tensorflow test-torch test-tfrs test-once constraints clean
 
 demo: $(VENV)/.demo
 	$(TFRS) $(BIN)/python examples/recommend_movies.py
+
+# On JAX unless the caller chooses: it compiles and trains these small models fastest on a CPU.
+vision tune: export KERAS_BACKEND ?= jax
+
+vision: $(VENV)/.demo
+	$(BIN)/python examples/image_classification_vit_moe.py
+
+tune: $(VENV)/.demo
+	$(BIN)/python examples/tune_moe.py
 
 test: lint docs test-jax test-tensorflow test-torch test-tfrs test-once
 
@@ -25,15 +34,16 @@ lint: $(VENV)/.dev
 docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict
 
-# The layers and all below them, once per backend, each in a process of its own.
-CORE_TESTS := tests/callbacks tests/dispatch tests/layers tests/oracle tests/parity
+# What runs on every backend, once per backend, each in a process of its own.
+CORE_TESTS := tests/callbacks tests/dispatch tests/layers tests/models tests/oracle tests/parity \
+	tests/tuning tests/examples/test_image_classification.py tests/examples/test_tune_moe.py
 
 test-jax test-tensorflow test-torch: test-%: $(VENV)/.dev
 	KERAS_BACKEND=$* $(PYTEST) $(CORE_TESTS)
 
 # What lives in Keras 2 needs its own environment.
 test-tfrs: $(VENV)/.dev
-	$(TFRS) $(PYTEST) tests/integrations tests/examples
+	$(TFRS) $(PYTEST) tests/integrations tests/examples/test_recommend_movies.py
 
 # What does not depend on the backend, or starts a process per backend itself.
 test-once: $(VENV)/.dev
@@ -46,7 +56,7 @@ $(BIN)/python:
 # Pinned versions: a set-up a year from now is the one that passed.
 $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) install -c constraints.txt hatchling editables
-	$(PIP) install -c constraints.txt --no-build-isolation -e '.[examples]'
+	$(PIP) install -c constraints.txt --no-build-isolation -e '.[examples,jax]'
 	touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python

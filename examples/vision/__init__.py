@@ -1,0 +1,1 @@
+"""Parts of `image_classification_vit_moe.py`: data, training that resumes, pictures, tables."""
