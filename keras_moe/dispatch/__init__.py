@@ -4,6 +4,20 @@ from keras_moe.dispatch.blocks import BlocksCarrier
 from keras_moe.dispatch.capacity import CapacityCarrier
 from keras_moe.dispatch.carrier import Carrier
 from keras_moe.dispatch.dense import DenseCarrier
+from keras_moe.dispatch.einsum import EinsumCarrier
+from keras_moe.dispatch.grouped import GroupedCarrier
+from keras_moe.dispatch.lookup import LookupCarrier
 from keras_moe.dispatch.planner import DispatchPlan
+from keras_moe.dispatch.stages import Stage
 
-__all__ = ["BlocksCarrier", "CapacityCarrier", "Carrier", "DenseCarrier", "DispatchPlan"]
+__all__ = [
+    "BlocksCarrier",
+    "CapacityCarrier",
+    "Carrier",
+    "DenseCarrier",
+    "DispatchPlan",
+    "EinsumCarrier",
+    "GroupedCarrier",
+    "LookupCarrier",
+    "Stage",
+]

@@ -1,17 +1,14 @@
-"""Dropless dispatch with static shapes: each expert's rows, padded to whole blocks."""
+"""Dropless dispatch with static shapes: a walk over each expert's rows, block by block."""
 
 import keras
 from keras import ops
 
 from keras_moe import _checks
-from keras_moe.dispatch.carrier import (
-    Carrier,
-    ExpertBank,
-    bin_of_assignments,
-    combine,
-    gather_tokens,
-)
+from keras_moe.dispatch import backend
+from keras_moe.dispatch.carrier import Carrier, ExpertBank, bin_of_assignments
+from keras_moe.dispatch.permute import combine, gather_tokens
 from keras_moe.dispatch.plan import block_slots, sort_into_bins
+from keras_moe.dispatch.ragged import by_rows, carry_ragged, takes_groups
 from keras_moe.routing import Routing
 from keras_moe.types import Config, Tensor
 
@@ -21,13 +18,19 @@ _STATIC_ROWS = 32  # per block, where the batch is dynamic and the experts canno
 
 @keras.saving.register_keras_serializable(package="keras_moe")
 class BlocksCarrier(Carrier):
-    """Sorts assignments by expert, pads each expert to whole blocks of B rows, keeps everything.
+    """Sorts assignments by expert and keeps all of them.
 
-    A block belongs to one expert, so a batched matmul with the blocks' weights is the whole work:
-    at most k N + E (B - 1) rows, where running all experts on all tokens takes E N.
+    Of a bank such as `ExpertMLP` each expert walks over its own rows, which lie right behind the
+    last expert's. Under XLA, which wants static shapes, in blocks of static sizes, at most E times
+    (smallest block - 1) rows more than there are; elsewhere on exactly its rows. The backward pass
+    is a walk too; it needs what the layers' activations were applied to, and the rows.
+
+    Other experts, Keras layers, get whole blocks of B rows, each of one expert: at most
+    k N + E (B - 1) rows, and the backward pass is automatic.
 
     Args:
-        block_size: Rows per block B, or None to take it from the sizes. Defaults to `None`.
+        block_size: Rows per block B where experts are Keras layers, or None to take it from the
+            sizes. A bank then takes such blocks too. Defaults to `None`.
     """
 
     name = "blocks"
@@ -48,6 +51,17 @@ class BlocksCarrier(Carrier):
         training: bool | None = None,
     ) -> tuple[Tensor, Tensor]:
         del capacity, groups  # dropless: there is nothing to compete for
+        walker = backend.current()
+        if walker is None or self.block_size is not None or not takes_groups(experts):
+            return self._carry_padded(tokens, routing, experts, training)
+        total = ops.shape(routing.experts)[0] * routing.experts.shape[-1]
+        padding = walker.row_padding(total, experts.num_experts)
+        carry = walker.carry if hasattr(walker, "carry") else by_rows(walker.walk)
+        return carry_ragged(tokens, routing, experts, carry, padding, training)
+
+    def _carry_padded(
+        self, tokens: Tensor, routing: Routing, experts: ExpertBank, training: bool | None
+    ) -> tuple[Tensor, Tensor]:
         num_experts = experts.num_experts
         bin_of = bin_of_assignments(routing, num_experts)
         total = ops.shape(bin_of)[0]
@@ -58,18 +72,14 @@ class BlocksCarrier(Carrier):
         slots, block_experts = block_slots(
             sort_into_bins(bin_of, num_experts), num_blocks, block_size
         )
-        rows = gather_tokens(tokens, slots)
+        rows = gather_tokens(tokens, slots, routing.experts.shape[-1])
         rows = ops.reshape(rows, (num_blocks, block_size, tokens.shape[-1]))
         outputs = experts(rows, block_experts=block_experts, training=training)
         outputs = ops.reshape(outputs, (num_blocks * block_size, outputs.shape[-1]))
-        return combine(outputs, slots, routing)
+        return combine(outputs, slots, routing.weights)
 
     def rows_per_block(self, total: int | Tensor, num_experts: int) -> int | Tensor:
-        """B, about a quarter of an expert's mean load, a multiple of 8.
-
-        Then at most about a quarter of the rows is padding, and the blocks' copies of the weights
-        are about five times the bank, however many tokens there are.
-        """
+        """B, about a quarter of an expert's mean load, a multiple of 8: a quarter is padding."""
         if self.block_size is not None:
             return self.block_size
         rows = total // (4 * num_experts * _ROW_MULTIPLE) * _ROW_MULTIPLE

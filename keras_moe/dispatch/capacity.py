@@ -7,9 +7,8 @@ from keras_moe.dispatch.carrier import (
     Carrier,
     ExpertBank,
     bin_of_assignments,
-    combine,
-    gather_tokens,
 )
+from keras_moe.dispatch.permute import combine, gather_tokens
 from keras_moe.dispatch.plan import capacity_slots, sort_into_bins
 from keras_moe.routing import Routing
 from keras_moe.types import Tensor
@@ -41,8 +40,8 @@ class CapacityCarrier(Carrier):
         num_experts = experts.num_experts
         bin_of = bin_of_assignments(routing, num_experts, groups)
         slots = capacity_slots(sort_into_bins(bin_of, num_experts * groups), capacity)
-        rows = gather_tokens(tokens, slots)
+        rows = gather_tokens(tokens, slots, routing.experts.shape[-1])
         rows = ops.reshape(rows, (num_experts, groups * capacity, tokens.shape[-1]))
         outputs = experts(rows, training=training)
         outputs = ops.reshape(outputs, (num_experts * groups * capacity, outputs.shape[-1]))
-        return combine(outputs, slots, routing)
+        return combine(outputs, slots, routing.weights)

@@ -1,22 +1,28 @@
-"""Which carrier `dispatch="auto"` takes, and why."""
+"""Which carrier a layer takes, and why."""
 
 from typing import Any, NamedTuple
 
 import keras
 
 from keras_moe import _checks
-from keras_moe.dispatch.blocks import BlocksCarrier, blocks_needed
+from keras_moe.dispatch.auto import DROPLESS, AutoCarrier
 from keras_moe.dispatch.capacity import CapacityCarrier
 from keras_moe.dispatch.carrier import Carrier
-from keras_moe.dispatch.dense import DenseCarrier
+from keras_moe.dispatch.einsum import EinsumCarrier
 
 CARRIERS: dict[str, type[Carrier]] = {
-    carrier.name: carrier for carrier in (CapacityCarrier, BlocksCarrier, DenseCarrier)
+    **DROPLESS,
+    **{carrier.name: carrier for carrier in (CapacityCarrier, EinsumCarrier)},
 }
 
-# Above this share of chosen experts the all-experts matmul wastes at most a third of its FLOPs,
-# less than sorting and padding cost.
-_MOSTLY_CHOSEN = 0.75
+_WHY = {
+    "blocks": "dropless: each expert walks over its own rows",
+    "grouped": "dropless, with the platform's own grouped matmul",
+    "lookup": "few tokens: the weights are taken to them",
+    "dense": "all experts on all tokens in one matmul",
+    "capacity": "a capacity is set: {rows:.0f} slots in all",
+    "einsum": "a capacity is set: {rows:.0f} slots in all, and a mask of tokens x slots",
+}
 
 
 class DispatchPlan(NamedTuple):
@@ -24,8 +30,8 @@ class DispatchPlan(NamedTuple):
 
     Attributes:
         carrier: the carrier's name.
-        overhead: predicted expert rows over the k N rows that routing asks for, at the worst
-            routing; 1.0 is the limit.
+        overhead: predicted time over that of the k N rows that routing asks for; 1.0 is the limit,
+            what a dense layer of the same active FLOPs costs.
         reason: why this carrier, in one sentence.
     """
 
@@ -34,14 +40,14 @@ class DispatchPlan(NamedTuple):
     reason: str
 
 
-def get(dispatch: Any, *, num_experts: int, top_k: int, has_capacity: bool) -> Carrier:
+def get(dispatch: Any, *, has_capacity: bool) -> Carrier:
     """Returns the carrier for `dispatch`, a name, a config or a carrier; "auto" chooses.
 
     Raises:
         ValueError: on an unknown name, or where capacity and carrier contradict each other.
     """
     if dispatch == "auto":
-        return _choose(num_experts, top_k, has_capacity)
+        return CapacityCarrier() if has_capacity else AutoCarrier()
     if isinstance(dispatch, str):
         _checks.one_of("dispatch", dispatch, ["auto", *CARRIERS])
         carrier = CARRIERS[dispatch]()
@@ -67,27 +73,28 @@ def get(dispatch: Any, *, num_experts: int, top_k: int, has_capacity: bool) -> C
 
 
 def plan(
-    carrier: Carrier, dispatch: Any, num_tokens: int, num_experts: int, top_k: int, rows: int
+    carrier: Carrier,
+    num_tokens: int,
+    num_experts: int,
+    top_k: int,
+    *,
+    slots: int,
+    is_bank: bool,
+    dtype: str,
+    training: bool,
 ) -> DispatchPlan:
-    """Describes the work of `carrier` on `num_tokens`; `rows` is the capacity's E C, if any."""
-    assignments = max(num_tokens * top_k, 1)
-    if isinstance(carrier, BlocksCarrier):
-        block_size = int(carrier.rows_per_block(num_tokens * top_k, num_experts))
-        rows = block_size * int(blocks_needed(num_tokens * top_k, num_experts, block_size))
-        reason = f"dropless, each expert padded to blocks of {block_size} rows"
-    elif isinstance(carrier, DenseCarrier):
-        rows = num_tokens * num_experts
-        reason = f"{top_k} of {num_experts} experts are chosen: all of them in one matmul"
+    """Describes what `carrier` does with `num_tokens`; `slots` is the capacity's E C, or 0."""
+    name = carrier.name
+    if carrier.has_capacity:
+        cost = float(slots)
     else:
-        reason = f"a capacity is set: {rows} slots in all"
-    if dispatch != "auto":
+        costs = AutoCarrier.costs(
+            num_tokens, num_experts, top_k, is_bank=is_bank, dtype=dtype, training=training
+        )
+        if isinstance(carrier, AutoCarrier):
+            name = min(costs, key=lambda each: costs[each])
+        cost = costs.get(name, float("nan"))
+    reason = _WHY.get(name, "a carrier of yours").format(rows=cost)
+    if not isinstance(carrier, AutoCarrier | CapacityCarrier):
         reason = f"asked for; {reason}"
-    return DispatchPlan(carrier.name, rows / assignments, reason)
-
-
-def _choose(num_experts: int, top_k: int, has_capacity: bool) -> Carrier:
-    if has_capacity:
-        return CapacityCarrier()
-    if top_k >= _MOSTLY_CHOSEN * num_experts:
-        return DenseCarrier()
-    return BlocksCarrier()
+    return DispatchPlan(name, cost / (num_tokens * top_k), reason)

@@ -1,14 +1,15 @@
 """The stacked bank of expert networks."""
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import keras
 from keras import ops
 
 from keras_moe import _checks
 from keras_moe.constraints import per_expert
+from keras_moe.dispatch import Stage
 from keras_moe.initializers import PerExpertInitializer
 from keras_moe.layers.naming import name_or_default
 from keras_moe.types import (
@@ -20,6 +21,8 @@ from keras_moe.types import (
     Shape,
     Tensor,
 )
+
+Grouped: TypeAlias = Callable[[Tensor, Callable[[int | Tensor], list[Stage]]], Tensor]
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -55,13 +58,16 @@ class ExpertMLP(keras.layers.Layer):
         inputs: `(E, C, d)`, C rows for each expert, or `(1, C, d)`, rows that all experts read.
             With `block_experts`, `(G, B, d)`: blocks of B rows of one expert each.
         block_experts: Optional int32 `(G,)`, the expert of each block.
+        grouped: Optional function of a carrier, called with the inputs, `(N, d)`, and a function
+            that gives the layers, a list of `keras_moe.dispatch.Stage`, for a number of rows.
         training: Whether dropout is on.
 
     Input shape:
-        `(E, C, d)`, `(1, C, d)` or `(G, B, d)`.
+        `(E, C, d)`, `(1, C, d)`, `(G, B, d)` or `(N, d)`.
 
     Output shape:
-        `(E, C, units[-1])`, or `(G, B, units[-1])` with `block_experts`.
+        `(E, C, units[-1])`, `(G, B, units[-1])` with `block_experts`, `(N, units[-1])` with
+        `grouped`.
 
     Raises:
         ValueError: on sizes that are not positive, or a bank of inputs of another size than E.
@@ -153,8 +159,11 @@ class ExpertMLP(keras.layers.Layer):
         self,
         inputs: Tensor,
         block_experts: Tensor | None = None,
+        grouped: Grouped | None = None,
         training: bool | None = None,
     ) -> Tensor:
+        if grouped is not None:
+            return grouped(inputs, lambda count: self._stages(count, training))
         if block_experts is None:
             self._check_bank_size(inputs)
         hidden = inputs
@@ -183,6 +192,40 @@ class ExpertMLP(keras.layers.Layer):
         outputs = ops.matmul(rows, kernel)
         return outputs if bias is None else outputs + ops.expand_dims(bias, 1)
 
+    @property
+    def takes_groups(self) -> bool:
+        """Whether `grouped` can be used: not where the activation is a layer, with weights."""
+        return not isinstance(self.activation, keras.layers.Layer)
+
+    def _stages(self, count: int | Tensor, training: bool | None) -> list[Stage]:
+        """The layers as a carrier takes them, for `count` rows."""
+        stages = []
+        for index, units in enumerate(self.units):
+            kernels, biases = [self._kernels[index]], [self._biases[index]]
+            if not self._is_activated(index):
+                activation, scale = None, None
+            else:
+                activation, scale = self.activation, None
+                if self.gated:
+                    activation = self._gated_activation
+                    kernels = [self._gate_kernels[index], *kernels]
+                    biases = [self._gate_biases[index], *biases]
+                if training and self.seed_generator is not None:
+                    ones = ops.ones((count, units), dtype=self.compute_dtype)
+                    scale = keras.random.dropout(ones, self.dropout, seed=self.seed_generator)
+            stages.append(
+                Stage(
+                    kernels=tuple(ops.convert_to_tensor(kernel) for kernel in kernels),
+                    biases=tuple(ops.convert_to_tensor(b) for b in biases if b is not None),
+                    activation=activation,
+                    scale=scale,
+                )
+            )
+        return stages
+
+    def _gated_activation(self, gates: Tensor, values: Tensor) -> Tensor:
+        return self.activation(gates) * values
+
     def _check_bank_size(self, inputs: Tensor) -> None:
         if inputs.shape[0] not in (None, 1, self.num_experts):
             _checks.fail(
@@ -195,8 +238,11 @@ class ExpertMLP(keras.layers.Layer):
         self,
         inputs: Tensor,
         block_experts: Tensor | None = None,
+        grouped: Grouped | None = None,
         training: bool | None = None,
     ) -> Tensor:
+        if grouped is not None:
+            return keras.KerasTensor((inputs.shape[0], self.units[-1]), dtype=self.compute_dtype)
         if block_experts is None:
             self._check_bank_size(inputs)
             first = self.num_experts

@@ -8,6 +8,7 @@ from keras import ops
 
 from keras_moe import _checks, _numerics, routers
 from keras_moe.dispatch import Carrier, DispatchPlan, planner
+from keras_moe.dispatch.ragged import takes_groups
 from keras_moe.layers.experts import ExpertMLP
 from keras_moe.layers.feed_forward import (
     ExpertFeedForward,
@@ -74,8 +75,8 @@ class MoE(ExpertFeedForward):
         capacity_group: `"batch"` or `"example"`: whether tokens compete for slots in the whole
             batch or inside their example (which, with inputs `(batch, d)`, is one token with at
             least one slot in every expert). Defaults to `"batch"`.
-        dispatch: `"auto"`, `"capacity"`, `"blocks"`, `"dense"`, a config or a
-            `keras_moe.dispatch.Carrier`. Defaults to `"auto"`.
+        dispatch: `"auto"`, `"blocks"`, `"grouped"`, `"lookup"`, `"dense"`, `"capacity"`,
+            `"einsum"`, a config or a `keras_moe.dispatch.Carrier`. Defaults to `"auto"`.
         kernel_initializer: Initializer of one expert's kernels. Defaults to `"glorot_uniform"`.
         bias_initializer: Initializer of one expert's biases. Defaults to `"zeros"`.
         kernel_regularizer: Optional regularizer, called with the experts' stacked kernels.
@@ -218,12 +219,7 @@ class MoE(ExpertFeedForward):
         self._top_k_argument = top_k
         self.top_k = self.router.top_k
         self._dispatch_argument = dispatch
-        self.carrier: Carrier = planner.get(
-            dispatch,
-            num_experts=self.num_experts,
-            top_k=self.top_k,
-            has_capacity=self.capacity_factor is not None,
-        )
+        self.carrier: Carrier = planner.get(dispatch, has_capacity=self.capacity_factor is not None)
         self.shared_experts: ExpertMLP | None = None
 
     def build(self, input_shape: Any) -> None:
@@ -371,17 +367,24 @@ class MoE(ExpertFeedForward):
         self._load.reset()
         self._totals.reset()
 
-    def dispatch_plan(self, n_tokens: int) -> DispatchPlan:
-        """Says which carrier would take `n_tokens` tokens in training, at which cost, and why.
+    def dispatch_plan(self, n_tokens: int, training: bool = True) -> DispatchPlan:
+        """Says which carrier would take `n_tokens` tokens, at which cost, and why.
 
         Args:
             n_tokens: Positive integer, the tokens of one call.
+            training: Whether gradients are taken. Defaults to `True`.
         """
         count = _checks.positive_int("n_tokens", n_tokens)
-        capacity = self._capacity((1, count), training=True)
-        rows = 0 if capacity is None else capacity * self.num_experts
+        capacity = self._capacity((1, count), training)
         return planner.plan(
-            self.carrier, self._dispatch_argument, count, self.num_experts, self.top_k, rows
+            self.carrier,
+            count,
+            self.num_experts,
+            self.top_k,
+            slots=0 if capacity is None else capacity * self.num_experts,
+            is_bank=self.experts is None or takes_groups(self.experts),
+            dtype=self.compute_dtype,
+            training=training,
         )
 
     # === Keras ===

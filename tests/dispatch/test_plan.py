@@ -33,11 +33,12 @@ def check_bins(bins, bin_of, num_bins):
     flat = [a for bin_members in members for a in bin_members]
     np.testing.assert_array_equal(bins.order, [*flat, *nowhere])
     np.testing.assert_array_equal(bins.counts, [len(m) for m in members])
-    np.testing.assert_array_equal(bins.starts, np.cumsum([0, *map(len, members)])[:-1])
+    np.testing.assert_array_equal(bins.edges, np.cumsum([0, *map(len, members)]))
+    np.testing.assert_array_equal(bins.rank[bins.order], np.arange(len(bin_of)))
     np.testing.assert_array_equal(bins.bin_of, bin_of)
     for b, bin_members in enumerate(members):
         for place, a in enumerate(bin_members):
-            assert bins.position[a] == place, (b, a)
+            assert bins.rank[a] - bins.edges[b] == place, (b, a)
     assert all(np.asarray(part).dtype == np.int32 for part in bins)
 
 

@@ -64,7 +64,7 @@ BAD = [
     (lambda: moe(experts=[Dense(2)] * 4), "distinct layers"),
     (lambda: moe(experts=[Dense(2), Dense(2)]), "list of num_experts=4"),
     (lambda: moe(experts=Dense(2), output_dim=3), "`output_dim` must be None"),
-    (lambda: moe(dispatch="sort"), r"one of \['auto', 'blocks', 'capacity', 'dense'\]"),
+    (lambda: moe(dispatch="sort"), r"one of \['auto', 'blocks', 'capacity', .* 'lookup'\]"),
     (lambda: moe(dispatch=3), "`dispatch` must be one of .* or a `Carrier`"),
     (lambda: moe(dispatch="capacity"), "`dispatch='capacity'` needs a `capacity_factor`"),
     (lambda: moe(dispatch="blocks", capacity_factor=1.0), "`capacity_factor` must be None"),

@@ -1,0 +1,25 @@
+"""What each backend does faster than portable Keras code: the only place that imports a backend.
+
+A backend's module has:
+
+- `walk(rows, ends, stages, total)`: each expert's layers on its own rows, with a gradient of its
+  own; or `carry(tokens, weights, slots, ends, stages)`, which gathers and combines too;
+- `row_padding(total, num_experts)`: rows that it needs behind the last one;
+- `grouped_matmul(rows, kernel, ends)` and `has_grouped_matmul(dtype)`: the platform's native
+  grouped matmul, where there is one.
+"""
+
+import importlib
+from types import ModuleType
+
+import keras
+
+_BACKENDS = ("jax", "tensorflow", "torch")
+
+
+def current() -> ModuleType | None:
+    """The module of the backend in use, or None for one that has no module here."""
+    name = keras.backend.backend()
+    if name not in _BACKENDS:
+        return None
+    return importlib.import_module(f"{__name__}.{name}")

@@ -1,0 +1,119 @@
+"""Moving rows to slots and back by gathers alone, in both directions.
+
+Automatic differentiation turns a gather into a scatter, which adds row by row and, on a GPU, in any
+order. But who reads which row is known: a slot holds one assignment, and a token is in at most k
+slots. So both gradients are gathers too, and deterministic.
+"""
+
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_moe.dispatch.plan import Slots
+from keras_moe.types import Tensor
+
+
+def gather_tokens(tokens: Tensor, slots: Slots, top_k: int) -> Tensor:
+    """The token in every slot, `(N, d) -> (S, d)`.
+
+    An empty slot holds a copy of some token that was routed, and nobody reads what comes of it. A
+    row of zeros would be read by nobody either, but an expert with no gradient at zero (a norm)
+    would turn the zero cotangent into NaN.
+    """
+    count, total = ops.shape(tokens)[0], ops.shape(slots.slot_of)[0]
+    if isinstance(count, int) and count == 0:
+        return ops.zeros((ops.shape(slots.assignment)[0], tokens.shape[-1]), dtype=tokens.dtype)
+    filler = ops.minimum(ops.min(slots.assignment), ops.cast(total - 1, "int32"))
+    assignment = ops.where(slots.assignment < total, slots.assignment, filler)
+    token = ops.mod(assignment, ops.maximum(count, 1))
+    source, is_kept = _slots_by_choice(slots, top_k)
+
+    @ops.custom_gradient
+    def gather(tokens: Tensor) -> Any:
+        def gradient(*args: Tensor, upstream: Tensor | None = None) -> Tensor:
+            upstream = args[-1] if upstream is None else upstream
+            return ops.cast(sum(_by_choice(upstream, source, is_kept)), tokens.dtype)
+
+        return _take(tokens, token), gradient
+
+    return gather(tokens)
+
+
+def combine(outputs: Tensor, slots: Slots, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Brings the slots' outputs back to their tokens and sums them, weighted.
+
+    Args:
+        outputs: `(S, out)`.
+        slots: who is in which slot.
+        weights: `(N, k)`, the weight of each assignment.
+
+    Returns:
+        The sums `(N, out)`, taken in float32 at least, and the kept assignments, bool `(N, k)`.
+    """
+    top_k = weights.shape[-1]
+    total = ops.shape(slots.slot_of)[0]
+    source, is_kept = _slots_by_choice(slots, top_k)
+    is_filled = slots.assignment < total
+    assignment = ops.where(is_filled, slots.assignment, 0)
+    token = ops.mod(assignment, ops.maximum(total // top_k, 1))
+
+    @ops.custom_gradient
+    def weighted_sum_of(outputs: Tensor, weights: Tensor) -> Any:
+        wide = _wide(outputs)
+        of_choice = ops.unstack(ops.cast(weights, wide), top_k, axis=-1)
+        sums = sum(
+            chosen * ops.expand_dims(weight, -1)
+            for chosen, weight in zip(_by_choice(outputs, source, is_kept), of_choice, strict=True)
+        )
+
+        def gradient(*args: Tensor, upstream: Tensor | None = None) -> tuple[Tensor, Tensor]:
+            upstream = args[-1] if upstream is None else upstream
+            of_slot = ops.take(ops.reshape(ops.transpose(weights), (-1,)), assignment)
+            of_slot = ops.cast(ops.where(is_filled, of_slot, 0), wide)[:, None]
+            by_outputs = ops.cast(ops.take(upstream, token, axis=0), wide) * of_slot
+            by_weights = [
+                ops.sum(chosen * ops.cast(upstream, wide), axis=-1)
+                for chosen in _by_choice(outputs, source, is_kept)
+            ]
+            return (
+                ops.cast(by_outputs, outputs.dtype),
+                ops.cast(ops.stack(by_weights, axis=-1), weights.dtype),
+            )
+
+        return ops.cast(sums, outputs.dtype), gradient
+
+    return weighted_sum_of(outputs, weights), ops.transpose(is_kept)
+
+
+def _slots_by_choice(slots: Slots, top_k: int) -> tuple[Tensor, Tensor]:
+    """The slot of each choice of each token, `(k, N)`, and whether it has one."""
+    by_choice = ops.reshape(slots.slot_of, (top_k, -1))
+    is_kept = by_choice < ops.shape(slots.assignment)[0]
+    return ops.where(is_kept, by_choice, 0), is_kept
+
+
+def _by_choice(rows: Tensor, source: Tensor, is_kept: Tensor) -> list[Tensor]:
+    """The rows `(N, out)` of every first choice, every second one and so on; 0 where none is kept.
+
+    One by one: a single gather of all choices, `(k, N, out)`, takes XLA:CPU ten times as long.
+    """
+    top_k = is_kept.shape[0]
+    return [
+        ops.cast(ops.where(kept[:, None], _take(rows, chosen), 0), _wide(rows))
+        for kept, chosen in zip(
+            ops.unstack(is_kept, top_k), ops.unstack(source, top_k), strict=True
+        )
+    ]
+
+
+def _take(rows: Tensor, indices: Tensor) -> Tensor:
+    """Rows by index; where there may be none at all, a row to take is put there."""
+    if not isinstance(ops.shape(rows)[0], int):
+        rows = ops.concatenate([rows, ops.zeros((1, rows.shape[-1]), dtype=rows.dtype)], axis=0)
+    return ops.take(rows, indices, axis=0)
+
+
+def _wide(rows: Tensor) -> str:
+    """The dtype that sums are taken in: float32 at least."""
+    return keras.backend.result_type(keras.backend.standardize_dtype(rows.dtype), "float32")
