@@ -5,11 +5,13 @@ order. But who reads which row is known: a slot holds one assignment, and a toke
 slots. So both gradients are gathers too, and deterministic.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
 from keras import ops
 
+from keras_moe.dispatch import backend
 from keras_moe.dispatch.plan import Slots
 from keras_moe.types import Tensor
 
@@ -28,16 +30,7 @@ def gather_tokens(tokens: Tensor, slots: Slots, top_k: int) -> Tensor:
     assignment = ops.where(slots.assignment < total, slots.assignment, filler)
     token = ops.mod(assignment, ops.maximum(count, 1))
     source, is_kept = _slots_by_choice(slots, top_k)
-
-    @ops.custom_gradient
-    def gather(tokens: Tensor) -> Any:
-        def gradient(*args: Tensor, upstream: Tensor | None = None) -> Tensor:
-            upstream = args[-1] if upstream is None else upstream
-            return ops.cast(sum(_by_choice(upstream, source, is_kept)), tokens.dtype)
-
-        return _take(tokens, token), gradient
-
-    return gather(tokens)
+    return _with_gradient(_gather, _gather_gradient, (tokens,), (token, source, is_kept))
 
 
 def combine(outputs: Tensor, slots: Slots, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,33 +50,88 @@ def combine(outputs: Tensor, slots: Slots, weights: Tensor) -> tuple[Tensor, Ten
     is_filled = slots.assignment < total
     assignment = ops.where(is_filled, slots.assignment, 0)
     token = ops.mod(assignment, ops.maximum(total // top_k, 1))
+    sums = _with_gradient(
+        _combine,
+        _combine_gradient,
+        (outputs, weights),
+        (token, assignment, is_filled, source, is_kept),
+    )
+    return sums, ops.transpose(is_kept)
+
+
+def _gather(tokens: Tensor, token: Tensor, source: Tensor, is_kept: Tensor) -> Tensor:
+    del source, is_kept
+    return _take(tokens, token)
+
+
+def _gather_gradient(
+    upstream: Tensor, tokens: Tensor, token: Tensor, source: Tensor, is_kept: Tensor
+) -> tuple[Tensor]:
+    del token
+    return (ops.cast(sum(_by_choice(upstream, source, is_kept)), tokens.dtype),)
+
+
+def _combine(
+    outputs: Tensor,
+    weights: Tensor,
+    token: Tensor,
+    assignment: Tensor,
+    is_filled: Tensor,
+    source: Tensor,
+    is_kept: Tensor,
+) -> Tensor:
+    del token, assignment, is_filled
+    of_choice = ops.unstack(ops.cast(weights, _wide(outputs)), weights.shape[-1], axis=-1)
+    sums = sum(
+        chosen * ops.expand_dims(weight, -1)
+        for chosen, weight in zip(_by_choice(outputs, source, is_kept), of_choice, strict=True)
+    )
+    return ops.cast(sums, outputs.dtype)
+
+
+def _combine_gradient(
+    upstream: Tensor,
+    outputs: Tensor,
+    weights: Tensor,
+    token: Tensor,
+    assignment: Tensor,
+    is_filled: Tensor,
+    source: Tensor,
+    is_kept: Tensor,
+) -> tuple[Tensor, Tensor]:
+    wide = _wide(outputs)
+    of_slot = ops.take(ops.reshape(ops.transpose(weights), (-1,)), assignment)
+    of_slot = ops.cast(ops.where(is_filled, of_slot, 0), wide)
+    by_outputs = ops.cast(_take(upstream, token), wide) * ops.expand_dims(of_slot, -1)
+    by_weights = [
+        ops.sum(chosen * ops.cast(upstream, wide), axis=-1)
+        for chosen in _by_choice(outputs, source, is_kept)
+    ]
+    return (
+        ops.cast(by_outputs, outputs.dtype),
+        ops.cast(ops.stack(by_weights, axis=-1), weights.dtype),
+    )
+
+
+def _with_gradient(
+    function: Callable[..., Tensor],
+    gradient: Callable[..., tuple[Tensor, ...]],
+    inputs: tuple[Tensor, ...],
+    fixed: tuple[Tensor, ...],
+) -> Tensor:
+    """function(*inputs, *fixed), with gradient(upstream, *inputs, *fixed) to the inputs."""
+    own = getattr(backend.current(), "with_gradient", None)
+    if own is not None:
+        return own(function, gradient, inputs, fixed)
 
     @ops.custom_gradient
-    def weighted_sum_of(outputs: Tensor, weights: Tensor) -> Any:
-        wide = _wide(outputs)
-        of_choice = ops.unstack(ops.cast(weights, wide), top_k, axis=-1)
-        sums = sum(
-            chosen * ops.expand_dims(weight, -1)
-            for chosen, weight in zip(_by_choice(outputs, source, is_kept), of_choice, strict=True)
-        )
+    def run(*inputs: Tensor) -> Any:
+        def backward(*args: Tensor, upstream: Tensor | None = None) -> tuple[Tensor, ...]:
+            return gradient(args[-1] if upstream is None else upstream, *inputs, *fixed)
 
-        def gradient(*args: Tensor, upstream: Tensor | None = None) -> tuple[Tensor, Tensor]:
-            upstream = args[-1] if upstream is None else upstream
-            of_slot = ops.take(ops.reshape(ops.transpose(weights), (-1,)), assignment)
-            of_slot = ops.cast(ops.where(is_filled, of_slot, 0), wide)[:, None]
-            by_outputs = ops.cast(ops.take(upstream, token, axis=0), wide) * of_slot
-            by_weights = [
-                ops.sum(chosen * ops.cast(upstream, wide), axis=-1)
-                for chosen in _by_choice(outputs, source, is_kept)
-            ]
-            return (
-                ops.cast(by_outputs, outputs.dtype),
-                ops.cast(ops.stack(by_weights, axis=-1), weights.dtype),
-            )
+        return function(*inputs, *fixed), backward
 
-        return ops.cast(sums, outputs.dtype), gradient
-
-    return weighted_sum_of(outputs, weights), ops.transpose(is_kept)
+    return run(*inputs)
 
 
 def _slots_by_choice(slots: Slots, top_k: int) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from keras_moe import _checks
 from keras_moe.initializers import derived_seed, reseeded
 from keras_moe.layers.experts import ExpertMLP
 from keras_moe.layers.layer_experts import LayerExperts
+from keras_moe.layers.rematerialization import RematerializesExperts
 from keras_moe.layers.sublayers import adopt, build_once, config_of
 from keras_moe.types import (
     Activation,
@@ -24,7 +25,7 @@ from keras_moe.types import (
 _NAMED_EXPERTS = {"mlp": False, "glu": True}  # name -> gated
 
 
-class ExpertFeedForward(keras.layers.Layer):
+class ExpertFeedForward(RematerializesExperts):
     """Base of layers whose experts are feed-forward networks `(..., d) -> (..., output_dim)`.
 
     Args:

@@ -11,6 +11,7 @@ from keras_moe.initializers import derived_seed, reseeded
 from keras_moe.layers.experts import ExpertMLP, checked_units
 from keras_moe.layers.feed_forward import flat_mask, zero_where_padded
 from keras_moe.layers.naming import name_or_default
+from keras_moe.layers.rematerialization import RematerializesExperts
 from keras_moe.layers.running_sums import RunningSums, check_built
 from keras_moe.layers.sublayers import adopt, build_once, config_of
 from keras_moe.routers.softmax_gate import SoftmaxGate
@@ -27,7 +28,7 @@ from keras_moe.types import (
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
-class MMoE(keras.layers.Layer):
+class MMoE(RematerializesExperts):
     """Experts that all tasks share, and one gate per task that mixes them.
 
     gates[n,t,:] = softmax(x[n,:] @ kernel[t])
@@ -123,6 +124,7 @@ class MMoE(keras.layers.Layer):
         self.num_experts = _checks.positive_int("num_experts", num_experts)
         self.expert_units = checked_units("expert_units", expert_units)
         self.tasks = _checked_tasks(tasks)
+        self.dropout = dropout  # checked by the bank
         self.num_tasks = self.tasks if isinstance(self.tasks, int) else len(self.tasks)
         is_linear = isinstance(gate_units, Sequence) and not gate_units
         self.gate_units = () if is_linear else checked_units("gate_units", gate_units)
@@ -213,7 +215,10 @@ class MMoE(keras.layers.Layer):
         tokens = zero_where_padded(tokens, token_mask)
         shared = ops.expand_dims(tokens, 0)  # read by every expert
 
-        expert_outputs = self.experts(shared, training=training)  # (e, n, out)
+        def run(rows: Tensor) -> Tensor:
+            return self.experts(rows, training=training)
+
+        expert_outputs = self._recomputed(run)(shared)  # (e, n, out)
         gate_inputs = tokens if self.gate_hidden is None else self.gate_hidden(shared)
         routing = self.gates(gate_inputs, training=training)
         if training:

@@ -254,14 +254,7 @@ class MoE(ExpertFeedForward):
             if weight and self.router.trainable:
                 self.add_loss(weight * decision.losses[name])
 
-        outputs, kept = self.carrier(
-            tokens,
-            routing,
-            self.experts,
-            capacity=self._capacity(token_axes, training),
-            groups=token_axes[0] if self.capacity_group == "example" else 1,
-            training=training,
-        )
+        outputs, kept = self._carry(tokens, routing, token_axes, training)
         routing = routing._replace(kept=kept)
         if training:
             self._count(decision, routing, token_mask)
@@ -303,6 +296,28 @@ class MoE(ExpertFeedForward):
             experts=spread(decision.experts), weights=spread(decision.weights), kept=kept
         )
         return decision, routing
+
+    def _carry(
+        self, tokens: Tensor, routing: Routing, token_axes: Any, training: bool | None
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the experts' weighted sums and the kept assignments."""
+        capacity = self._capacity(token_axes, training)
+        groups = token_axes[0] if self.capacity_group == "example" else 1
+
+        # Of numbers with gradients only, as all backends can recompute it.
+        def carry(tokens: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+            outputs, kept = self.carrier(
+                tokens,
+                routing._replace(weights=weights),
+                self.experts,
+                capacity=capacity,
+                groups=groups,
+                training=training,
+            )
+            return outputs, ops.cast(kept, "float32")
+
+        outputs, kept = self._recomputed(carry)(tokens, routing.weights)
+        return outputs, ops.cast(kept, "bool")
 
     def _capacity(self, token_axes: Any, training: bool | None) -> int | Tensor | None:
         """C = ceil(capacity_factor k N / E), at most N since no token needs an expert twice."""

@@ -204,7 +204,11 @@ class SoftMoE(ExpertFeedForward):
         experts, each = self.num_experts, self.slots_per_expert
         rows = ops.transpose(ops.reshape(slots, (batch * sets, experts, each, width)), (1, 0, 2, 3))
         rows = ops.reshape(rows, (experts, batch * sets * each, slots.shape[-1]))
-        outputs = self.experts(rows, training=training)
+
+        def run(rows: Tensor) -> Tensor:
+            return self.experts(rows, training=training)
+
+        outputs = self._recomputed(run)(rows)
         output_dim = outputs.shape[-1]
         outputs = ops.reshape(outputs, (experts, batch * sets, each, output_dim))
         outputs = ops.transpose(outputs, (1, 0, 2, 3))

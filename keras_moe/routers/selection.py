@@ -11,7 +11,7 @@ def select_top_k(scores: Tensor, top_k: int) -> Tensor:
     """Indices of the k largest scores of each row, best first, ties to the lowest index.
 
     `ops.top_k` breaks ties in an arbitrary order on torch, and its JAX lowering exports a
-    SavedModel that TensorFlow cannot load; k rounds of `argmax` do neither. A NaN never wins, so
+    SavedModel that TensorFlow cannot load; k rounds of a maximum do neither. A NaN never wins, so
     the chosen experts of a row are always distinct and in range.
 
     Args:
@@ -21,14 +21,17 @@ def select_top_k(scores: Tensor, top_k: int) -> Tensor:
     Returns:
         int32 `(N, k)`.
     """
+    # Experts first: a maximum over the leading axis is elementwise over tokens, which vectorizes;
+    # over the last axis, or by `argmax`, XLA:CPU takes 3 to 5 times as long.
+    remaining = ops.transpose(ops.stop_gradient(scores))
+    remaining = ops.where(ops.isfinite(remaining), remaining, ops.full_like(remaining, _LOWEST))
     num_experts = scores.shape[-1]
-    scores = ops.stop_gradient(scores)
-    remaining = ops.where(ops.isfinite(scores), scores, ops.full_like(scores, _LOWEST))
-    columns = ops.arange(num_experts, dtype="int32")
+    experts = ops.expand_dims(ops.arange(num_experts, dtype="int32"), -1)
     chosen = []
     for _ in range(top_k):
-        best = ops.cast(ops.argmax(remaining, axis=-1), "int32")
+        is_best = ops.equal(remaining, ops.max(remaining, axis=0, keepdims=True))
+        best = ops.min(ops.where(is_best, experts, num_experts), axis=0)  # the lowest index of ties
         chosen.append(best)
-        taken = ops.equal(ops.expand_dims(best, -1), columns)
+        taken = ops.equal(experts, best)
         remaining = ops.where(taken, ops.full_like(remaining, -float("inf")), remaining)
     return ops.stack(chosen, axis=-1)

@@ -328,6 +328,38 @@ def _write(rows: Any, block: Any, at: Tensor) -> Any:
     )
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def with_gradient(
+    function: Callable[..., Tensor],
+    gradient: Callable[..., tuple[Tensor, ...]],
+    inputs: tuple[Tensor, ...],
+    fixed: tuple[Tensor, ...],
+) -> Tensor:
+    """function(*inputs, *fixed), whose gradient to inputs is gradient(upstream, *inputs, *fixed).
+
+    `keras.ops.custom_gradient` would close over `fixed`, which leaks out of `jax.checkpoint`.
+    """
+    del gradient
+    return function(*inputs, *fixed)
+
+
+def _with_gradient_forward(
+    function: Any, gradient: Any, inputs: Any, fixed: Any
+) -> tuple[Tensor, Any]:
+    return with_gradient(function, gradient, inputs, fixed), (inputs, fixed)
+
+
+def _with_gradient_backward(
+    function: Any, gradient: Any, residuals: Any, upstream: Tensor
+) -> tuple[Any, None]:
+    del function
+    inputs, fixed = residuals
+    return gradient(upstream, *inputs, *fixed), None
+
+
+with_gradient.defvjp(_with_gradient_forward, _with_gradient_backward)
+
+
 def grouped_matmul(rows: Tensor, kernel: Tensor, ends: Tensor) -> Tensor:
     """XLA's own grouped matmul: good on TPU, lowered to E dense matmuls on a CPU."""
     return lax.ragged_dot(rows, kernel, jnp.diff(ends, prepend=0))

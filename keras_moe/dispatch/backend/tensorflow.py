@@ -113,55 +113,47 @@ def _is_under_xla() -> bool:
     return False
 
 
-# --- one expert's rows -----------------------------------------------------------------------------
-
-
-def _apply(static: _Static, expert: _Experts, rows: Tensor) -> tuple[Tensor, list[Any]]:
+def _apply(
+    static: _Static, experts: _Experts, rows: Tensor, linear: Callable[..., Any]
+) -> tuple[Tensor, list[Any]]:
     """Returns the outputs and, as far as a backward pass needs it, what was activated."""
     hidden, sums = rows, []
-    stages = zip(static.activations, *expert, strict=True)
-    for activation, kernels, biases, scale in stages:
-        sums.append(_linear(hidden, kernels, biases))
+    for activation, kernels, biases, scale in zip(static.activations, *experts, strict=True):
+        sums.append(linear(hidden, kernels, biases))
         hidden = _activated(activation, sums[-1], scale)
-    return hidden, sums[: _num_remembered(static, expert)]
+    return hidden, sums[: _num_remembered(static, experts)]
 
 
-def _num_remembered(static: _Static, expert: _Experts) -> int:
+def _num_remembered(static: _Static, experts: _Experts) -> int:
     """A last layer that is linear needs nothing for its backward pass."""
-    is_linear = static.activations[-1] is None and not expert.scales[-1]
+    is_linear = static.activations[-1] is None and not experts.scales[-1]
     return len(static.activations) - is_linear
 
 
 def _apply_backward(
     static: _Static,
-    expert: _Experts,
+    experts: _Experts,
     rows: Tensor,
     sums: Any,
     upstream: Tensor,
-    own: Callable[[Tensor], Tensor],
+    linear_backward: Callable[..., Any],
 ) -> tuple[Tensor, _Experts]:
-    """The gradients of `_apply`; weights' are float32 at least. `own` blanks others' rows."""
-    inputs, pullbacks = [own(rows)], []
-    for activation, before, scale in zip(static.activations, sums, expert.scales, strict=False):
+    """The gradients of `_apply`."""
+    inputs, pullbacks = [rows], []
+    for activation, before, scale in zip(static.activations, sums, experts.scales, strict=False):
         hidden, pullback = _with_pullback(partial(_activated, activation), before, scale)
-        inputs.append(own(hidden))
+        inputs.append(hidden)
         pullbacks.append(pullback)
-    upstream = own(upstream)
-    by_kernels, by_biases, by_scales = [], [], []
+    by_stage = []
     for index in reversed(range(len(static.activations))):
-        by_sum, by_scale = (upstream,), ()
-        if index < len(pullbacks):  # a slope may be NaN where the row is not its own
-            by_sum, by_scale = tf.nest.map_structure(own, pullbacks[index](upstream))
-        kernels, biases = expert.kernels[index], expert.biases[index]
-        by_kernels.append(tuple(_wide_product(inputs[index], each) for each in by_sum))
-        by_biases.append(tuple(_wide_sum(each) for each in by_sum[: len(biases)]))
-        by_scales.append(by_scale)
-        upstream = _sum(
-            tf.matmul(each, kernel, transpose_b=True)
-            for each, kernel in zip(by_sum, kernels, strict=True)
+        by_sums, by_scale = (upstream,), ()
+        if index < len(pullbacks):
+            by_sums, by_scale = pullbacks[index](upstream)
+        upstream, by_kernels, by_biases = linear_backward(
+            inputs[index], by_sums, experts.kernels[index], experts.biases[index]
         )
-    gradients = (tuple(reversed(each)) for each in (by_kernels, by_biases, by_scales))
-    return upstream, _Experts(*gradients)
+        by_stage.append((by_kernels, by_biases, by_scale))
+    return upstream, _Experts(*zip(*reversed(by_stage), strict=True))
 
 
 def _linear(rows: Tensor, kernels: Any, biases: Any) -> tuple[Tensor, ...]:
@@ -171,6 +163,19 @@ def _linear(rows: Tensor, kernels: Any, biases: Any) -> tuple[Tensor, ...]:
     return tuple(tf.nn.bias_add(each, bias) for each, bias in zip(sums, biases, strict=True))
 
 
+def _linear_backward(rows: Tensor, by_sums: Any, kernels: Any, biases: Any) -> tuple[Any, Any, Any]:
+    """The gradients of `_linear`; the weights' are float32 at least."""
+    wide = _wide(rows.dtype)
+    wide_rows, wide_sums = tf.cast(rows, wide), [tf.cast(each, wide) for each in by_sums]
+    by_rows = [
+        tf.matmul(each, kernel, transpose_b=True)
+        for each, kernel in zip(by_sums, kernels, strict=True)
+    ]
+    by_kernels = tuple(tf.matmul(wide_rows, each, transpose_a=True) for each in wide_sums)
+    by_biases = tuple(tf.reduce_sum(each, axis=0) for each in wide_sums[: len(biases)])
+    return sum(by_rows[1:], start=by_rows[0]), by_kernels, by_biases
+
+
 def _activated(activation: Any, sums: tuple[Tensor, ...], scale: tuple[Tensor, ...]) -> Tensor:
     hidden = sums[0] if activation is None else activation(*sums)
     return hidden * scale[0] if scale else hidden
@@ -178,7 +183,7 @@ def _activated(activation: Any, sums: tuple[Tensor, ...], scale: tuple[Tensor, .
 
 def _with_pullback(function: Callable[..., Tensor], *arguments: Any) -> tuple[Tensor, Any]:
     """The value of an elementwise function, and the function from its cotangent to gradients."""
-    with tf.GradientTape(persistent=False) as tape:
+    with tf.GradientTape() as tape:
         tape.watch(tf.nest.flatten(arguments))
         value = function(*arguments)
 
@@ -195,23 +200,6 @@ def _wide(dtype: Any) -> Any:
     return tf.float32 if dtype.size < tf.float32.size else dtype
 
 
-def _wide_product(rows: Tensor, upstream: Tensor) -> Tensor:
-    wide = _wide(rows.dtype)
-    return tf.matmul(tf.cast(rows, wide), tf.cast(upstream, wide), transpose_a=True)
-
-
-def _wide_sum(upstream: Tensor) -> Tensor:
-    return tf.reduce_sum(tf.cast(upstream, _wide(upstream.dtype)), axis=0)
-
-
-def _sum(terms: Any) -> Tensor:
-    first, *others = terms
-    return sum(others, start=first)
-
-
-# --- where shapes may be dynamic -------------------------------------------------------------------
-
-
 def _ranges_forward(
     static: _Static, rows: Tensor, ends: Tensor, experts: _Experts
 ) -> tuple[Tensor, Any]:
@@ -220,7 +208,7 @@ def _ranges_forward(
     def body(index: Tensor, carry: Any) -> Any:
         start, end = starts[index], ends[index]
         expert = _expert(experts, index, lambda scale: scale[start:end])
-        hidden, sums = _apply(static, expert, rows[start:end])
+        hidden, sums = _apply(static, expert, rows[start:end], _linear)
         return tf.nest.map_structure(partial(_put, index), carry, (hidden, sums))
 
     def pieces(kernel: Tensor) -> tf.TensorArray:
@@ -242,7 +230,7 @@ def _ranges_backward(
         expert = _expert(experts, index, lambda scale: scale[start:end])
         before = tf.nest.map_structure(lambda pieces: pieces.read(index), sums)
         by_row, by_expert = _apply_backward(
-            static, expert, rows[start:end], before, cotangent[start:end], tf.identity
+            static, expert, rows[start:end], before, cotangent[start:end], _linear_backward
         )
         weights = tf.nest.map_structure(
             lambda all_, new: tf.cast(new, all_.dtype), experts[:2], by_expert[:2]
@@ -260,10 +248,9 @@ def _ranges_backward(
         ),
     )
     by_row, weights, scales = _over_indices(num_experts, body, carry)
-    return _joined(by_row, rows, ends), _Experts(
-        *tf.nest.map_structure(lambda each: each.stack(), weights),
-        tf.nest.map_structure(lambda each: _joined(each, rows, ends), scales),
-    )
+    kernels, biases = tf.nest.map_structure(lambda each: each.stack(), weights)
+    scales = tf.nest.map_structure(lambda each: _joined(each, rows, ends), scales)
+    return _joined(by_row, rows, ends), _Experts(kernels, biases, scales)
 
 
 def _over_indices(count: int | Tensor, body: Callable[..., Any], carry: Any) -> Any:
@@ -304,68 +291,73 @@ def _joined(pieces: tf.TensorArray, rows: Tensor, ends: Tensor) -> Tensor:
     return tf.ensure_shape(joined, [rows.shape[0], pieces.element_shape[-1]])
 
 
-# --- under XLA -------------------------------------------------------------------------------------
-
-
 def _blocks_forward(
     static: _Static, rows: Tensor, ends: Tensor, experts: _Experts
 ) -> tuple[Tensor, Any]:
-    def block(size: int, expert: _Experts, at: Tensor, end: Tensor, carry: Any) -> Any:
-        del end
-        scales = tf.nest.map_structure(partial(_read, at, size), expert.scales)
-        hidden, sums = _apply(static, expert._replace(scales=scales), _read(at, size, rows))
-        return tf.nest.map_structure(partial(_write, at), carry, (hidden, sums))
+    """Layer by layer, since XLA runs what is elementwise on all processors outside of loops only.
 
-    def over_blocks(expert: _Experts, index: Tensor, start: Tensor, end: Tensor, carry: Any) -> Any:
-        del index
-        return _over_blocks(block, static.block_sizes, expert, start, end, carry)
-
-    def empty(kernel: Tensor) -> Tensor:
-        return tf.zeros([tf.shape(rows)[0], kernel.shape[-1]], rows.dtype)
-
-    remembered = experts.kernels[: _num_remembered(static, experts)]
-    carry = (empty(experts.kernels[-1][0]), tf.nest.map_structure(empty, list(remembered)))
-    return _over_experts(over_blocks, ends, experts, carry)
+    Besides, what only a backward pass needs is never dropped from a loop within a loop.
+    """
+    return _apply(static, experts, rows, partial(_linear_on_blocks, static.block_sizes, ends))
 
 
 def _blocks_backward(
     static: _Static, rows: Tensor, ends: Tensor, experts: _Experts, sums: Any, cotangent: Tensor
 ) -> tuple[Tensor, _Experts]:
-    def block(size: int, expert: _Experts, at: Tensor, end: Tensor, carry: Any) -> Any:
+    linear_backward = partial(_linear_on_blocks_backward, static.block_sizes, ends)
+    return _apply_backward(static, experts, rows, sums, cotangent, linear_backward)
+
+
+def _linear_on_blocks(
+    sizes: tuple[int, ...], ends: Tensor, rows: Tensor, kernels: Any, biases: Any
+) -> Any:
+    def block(size: int, expert: Any, at: Tensor, end: Tensor, sums: Any) -> Any:
+        del end
+        return tf.nest.map_structure(
+            partial(_write, at), sums, _linear(_read(at, size, rows), *expert)
+        )
+
+    def over_blocks(expert: Any, index: Tensor, start: Tensor, end: Tensor, sums: Any) -> Any:
+        del index
+        return _over_blocks(block, sizes, expert, start, end, sums)
+
+    sums = tuple(tf.zeros([tf.shape(rows)[0], each.shape[-1]], rows.dtype) for each in kernels)
+    return _over_experts(over_blocks, ends, (kernels, biases), sums)
+
+
+def _linear_on_blocks_backward(
+    sizes: tuple[int, ...], ends: Tensor, rows: Tensor, by_sums: Any, kernels: Any, biases: Any
+) -> tuple[Any, Any, Any]:
+    weights = (kernels, biases)
+
+    def block(size: int, expert: Any, at: Tensor, end: Tensor, carry: Any) -> Any:
         is_own = (at + tf.range(size) < end)[:, None]
-        read = partial(_read, at, size)
-        by_row, by_expert = _apply_backward(
-            static,
-            expert._replace(scales=tf.nest.map_structure(read, expert.scales)),
-            read(rows),
-            tf.nest.map_structure(read, sums),
-            read(cotangent),
-            lambda each: tf.where(is_own, each, tf.zeros([], each.dtype)),
-        )
-        row_gradients, slopes = carry
-        return (
-            tf.nest.map_structure(partial(_write, at), row_gradients, (by_row, by_expert.scales)),
-            tf.nest.map_structure(tf.add, slopes, by_expert[:2]),
-        )
 
-    def over_blocks(expert: _Experts, index: Tensor, start: Tensor, end: Tensor, carry: Any) -> Any:
-        row_gradients, weights = carry
+        def own(all_: Tensor) -> Tensor:  # zero times a NaN of the next expert's would be NaN
+            return tf.where(is_own, _read(at, size, all_), tf.zeros([], all_.dtype))
+
+        by_rows, slopes = carry
+        by_row, *new = _linear_backward(own(rows), tf.nest.map_structure(own, by_sums), *expert)
+        return _write(at, by_rows, by_row), tf.nest.map_structure(tf.add, slopes, tuple(new))
+
+    def over_blocks(expert: Any, index: Tensor, start: Tensor, end: Tensor, carry: Any) -> Any:
+        by_rows, by_weights = carry
         slopes = tf.nest.map_structure(
-            lambda all_: tf.zeros(all_.shape[1:], _wide(all_.dtype)), experts[:2]
+            lambda all_: tf.zeros(all_.shape[1:], _wide(all_.dtype)), weights
         )
-        row_gradients, slopes = _over_blocks(
-            block, static.block_sizes, expert, start, end, (row_gradients, slopes)
-        )
-        return row_gradients, tf.nest.map_structure(
-            lambda all_, new: _write(index, all_, tf.cast(new, all_.dtype)[None]), weights, slopes
+        by_rows, slopes = _over_blocks(block, sizes, expert, start, end, (by_rows, slopes))
+        return by_rows, tf.nest.map_structure(
+            lambda all_, new: _write(index, all_, tf.cast(new, all_.dtype)[None]),
+            by_weights,
+            slopes,
         )
 
-    carry = tf.nest.map_structure(tf.zeros_like, ((rows, experts.scales), experts[:2]))
-    (by_row, scales), weights = _over_experts(over_blocks, ends, experts, carry)
-    return by_row, _Experts(*weights, scales)
+    carry = tf.nest.map_structure(tf.zeros_like, (rows, weights))
+    by_rows, by_weights = _over_experts(over_blocks, ends, weights, carry)
+    return by_rows, *by_weights
 
 
-def _over_experts(step: Callable[..., Any], ends: Tensor, experts: _Experts, carry: Any) -> Any:
+def _over_experts(step: Callable[..., Any], ends: Tensor, weights: Any, carry: Any) -> Any:
     """Folds over the experts that have rows; the weights of each are copied once, not per block."""
     starts = _starts(ends)
     has_rows = ends > starts
@@ -374,7 +366,8 @@ def _over_experts(step: Callable[..., Any], ends: Tensor, experts: _Experts, car
 
     def body(place: Tensor, carry: Any) -> Any:
         index = busy[place]
-        return step(_expert(experts, index, tf.identity), index, starts[index], ends[index], carry)
+        expert = tf.nest.map_structure(lambda all_: all_[index], weights)
+        return step(expert, index, starts[index], ends[index], carry)
 
     return _over_indices(tf.reduce_sum(tf.cast(has_rows, tf.int32)), body, carry)
 
@@ -382,7 +375,7 @@ def _over_experts(step: Callable[..., Any], ends: Tensor, experts: _Experts, car
 def _over_blocks(
     block: Callable[..., Any],
     sizes: tuple[int, ...],
-    expert: _Experts,
+    expert: Any,
     start: Tensor,
     end: Tensor,
     carry: Any,
