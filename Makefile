@@ -3,13 +3,14 @@
 
 PYTHON ?= python3
 VENV := .venv
+BENCH := .venv-benchmarks
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TFRS := TF_USE_LEGACY_KERAS=1 KERAS_BACKEND=tensorflow
 PYTEST := $(BIN)/python -m pytest -n 2
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: demo vision tune test lint docs test-jax test-tensorflow test-torch test-tfrs test-once constraints clean
+.PHONY: demo vision tune benchmarks benchmarks-table test lint docs test-jax test-tensorflow test-torch test-tfrs test-once constraints clean
 
 demo: $(VENV)/.demo
 	$(TFRS) $(BIN)/python examples/recommend_movies.py
@@ -23,6 +24,13 @@ vision: $(VENV)/.demo
 tune: $(VENV)/.demo
 	$(BIN)/python examples/tune_moe.py
 
+# Beside other libraries' layers, which are installed apart: `make benchmarks ARGS="--backend jax"`.
+benchmarks: $(BENCH)/.done
+	$(BENCH)/bin/python -m benchmarks.run $(ARGS)
+
+benchmarks-table: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.table
+
 test: lint docs test-jax test-tensorflow test-torch test-tfrs test-once
 
 lint: $(VENV)/.dev
@@ -30,6 +38,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m benchmarks.table --check
 
 docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict
@@ -47,7 +56,7 @@ test-tfrs: $(VENV)/.dev
 
 # What does not depend on the backend, or starts a process per backend itself.
 test-once: $(VENV)/.dev
-	KERAS_BACKEND=jax $(PYTEST) tests/cross_backend tests/docs tests/packaging
+	KERAS_BACKEND=jax $(PYTEST) tests/benchmarks tests/cross_backend tests/docs tests/packaging
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
@@ -64,10 +73,18 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]'
 	touch $@ $(VENV)/.demo
 
+$(BENCH)/.done: pyproject.toml constraints.txt benchmarks/requirements.txt
+	$(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/python -m pip install -c constraints.txt hatchling editables
+	$(BENCH)/bin/python -m pip install -c constraints.txt --no-build-isolation \
+		-e '.[tensorflow,jax,torch,plot]' rich
+	$(BENCH)/bin/python -m pip install -c constraints.txt -r benchmarks/requirements.txt
+	touch $@
+
 constraints: $(VENV)/.dev
 	(echo "# The versions that passed, for Python 3.11 on Linux. Written by 'make constraints'."; \
 	 $(BIN)/python -m pip freeze --all --exclude-editable \
 	 | grep -v '^pip==' | sed 's/+cpu$$//') > constraints.txt
 
 clean:
-	rm -rf $(VENV) build dist site results
+	rm -rf $(VENV) $(BENCH) build dist site results

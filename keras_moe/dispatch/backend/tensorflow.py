@@ -298,7 +298,10 @@ def _blocks_forward(
 
     Besides, what only a backward pass needs is never dropped from a loop within a loop.
     """
-    return _apply(static, experts, rows, partial(_linear_on_blocks, static.block_sizes, ends))
+    linear = partial(_linear_on_blocks, static.block_sizes, ends)
+    outputs, sums = _apply(static, experts, rows, linear)
+    # A tape around a compiled function would look for the loops' own gradients, and there are none.
+    return outputs, tf.nest.map_structure(tf.stop_gradient, sums)
 
 
 def _blocks_backward(

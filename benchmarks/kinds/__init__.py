@@ -1,0 +1,13 @@
+"""How each kind of row is built: one module per kind, each with a `case(row, options)`."""
+
+from __future__ import annotations
+
+import importlib
+
+from benchmarks.contender import Case, Options
+from benchmarks.rows import Row
+
+
+def build_case(row: Row, options: Options) -> Case:
+    """The contenders and comparisons of a row."""
+    return importlib.import_module(f"benchmarks.kinds.{row.kind}").case(row, options)

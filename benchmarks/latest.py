@@ -1,0 +1,70 @@
+"""Which of the stored results a table shows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from benchmarks.engines import BACKENDS
+
+
+class Machine(NamedTuple):
+    """What results must share to stand in one table."""
+
+    device: str
+    cores: int
+    dtype: str
+
+
+class Latest(NamedTuple):
+    """The newest results of one machine.
+
+    Attributes:
+        rows: by backend and row name.
+        runs: by backend, the records that the rows are from, oldest first.
+    """
+
+    rows: dict[str, dict[str, Any]]
+    runs: dict[str, list[dict[str, Any]]]
+
+    @property
+    def backends(self) -> list[str]:
+        """Those with results, in the table's order."""
+        return [backend for backend in BACKENDS if backend in self.rows]
+
+
+def newest(records: Iterable[dict[str, Any]]) -> dict[Machine, Latest]:
+    """The newest result of each row, backend and machine; quick runs and failures are left out.
+
+    A row that failed in the newest run keeps its older numbers, which the run's date shows.
+
+    Args:
+        records: oldest first, as `results.read_all` gives them.
+    """
+    chosen: dict[Machine, dict[str, dict[str, tuple[dict[str, Any], dict[str, Any]]]]] = {}
+    for record in records:
+        if record.get("quick"):
+            continue
+        device = record["device"]
+        for name, row in record["rows"].items():
+            if "lines" not in row:
+                continue
+            machine = Machine(device["name"], device["cores"], row["dtype"])
+            by_backend = chosen.setdefault(machine, {}).setdefault(record["backend"], {})
+            by_backend[name] = (row, record)
+    return {
+        machine: Latest(
+            {
+                backend: {name: row for name, (row, _) in found.items()}
+                for backend, found in by_backend.items()
+            },
+            {backend: _runs(found.values()) for backend, found in by_backend.items()},
+        )
+        for machine, by_backend in sorted(chosen.items())
+    }
+
+
+def _runs(found: Iterable[tuple[dict[str, Any], dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The distinct records, oldest first."""
+    by_date = {record["date"]: record for _, record in found}
+    return [by_date[date] for date in sorted(by_date)]

@@ -1,0 +1,70 @@
+"""Our layers, configured for the table, with the routing under control."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+
+from benchmarks.contender import OURS, Contender
+from benchmarks.controlled_routing import copying_kernel
+from benchmarks.references import GLU_ACTIVATION
+from benchmarks.rows import Sizes
+from keras_moe.layers import MoE
+
+# `MoE(dispatch=)` takes these with a capacity factor, and the others without one.
+CAPACITY_CARRIERS = ("capacity", "einsum")
+
+
+def moe(sizes: Sizes, **arguments: Any) -> keras.Layer:
+    """A built `MoE` whose router reads its logits off the inputs."""
+    layer = MoE(sizes.experts, sizes.hidden, top_k=sizes.top_k, **arguments)
+    layer.build((None, sizes.width))
+    layer.router.kernel.assign(copying_kernel(sizes.width, sizes.experts))
+    return layer
+
+
+def glu_moe(sizes: Sizes, **arguments: Any) -> keras.Layer:
+    """The same with the experts of Mixtral: gated, silu, no biases."""
+    return moe(sizes, experts="glu", use_bias=False, activation=GLU_ACTIVATION, **arguments)
+
+
+def name_with(carrier: str) -> str:
+    """What the table calls our layer with a carrier."""
+    return OURS if carrier == "auto" else f"{OURS}[{carrier}]"
+
+
+def carriers_for(asked: Sequence[str], capacity_factor: float | None) -> list[str]:
+    """Those of the asked carriers that can be had with this capacity factor."""
+    has_capacity = capacity_factor is not None
+    return [each for each in asked if each == "auto" or (each in CAPACITY_CARRIERS) == has_capacity]
+
+
+def contenders(
+    sizes: Sizes, inputs: Any, asked: Sequence[str], capacity_factor: float | None
+) -> list[Contender]:
+    """Our layer, once per carrier."""
+
+    def with_carrier(carrier: str) -> Contender:
+        return Contender(
+            name_with(carrier),
+            lambda: moe(sizes, capacity_factor=capacity_factor, dispatch=carrier),
+            inputs,
+        )
+
+    return [with_carrier(carrier) for carrier in carriers_for(asked, capacity_factor)]
+
+
+def plan_facts(sizes: Sizes, capacity_factor: float | None) -> dict[str, Any]:
+    """What the layer itself says it does with these tokens, in either pass."""
+    layer = MoE(sizes.experts, sizes.hidden, top_k=sizes.top_k, capacity_factor=capacity_factor)
+    layer.build((None, sizes.width))
+    plans = {
+        which: layer.dispatch_plan(sizes.tokens, training=training)
+        for which, training in (("forward", False), ("gradient", True))
+    }
+    return {
+        "carrier": {which: plan.carrier for which, plan in plans.items()},
+        "predicted": {which: float(plan.overhead) for which, plan in plans.items()},
+    }

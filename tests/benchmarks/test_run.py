@@ -1,0 +1,139 @@
+"""Whole runs, and runs that are killed."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+from benchmarks import run, show
+from benchmarks.contender import Options
+from benchmarks.results import Store, default_path
+from benchmarks.rows import select
+
+ROOT = Path(__file__).parents[2]
+HEADER = {"date": "2026-01-31T12:00:00Z", "backend": "jax", "quick": True, "command": "$"}
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from benchmarks.results import Store
+
+store = Store(Path(sys.argv[1]), {"date": "today", "backend": "jax"})
+store.begin("one")
+store.end("one", {"lines": [1, 2]})
+store.begin("two")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def python(*arguments):
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True
+    )
+
+
+def test_a_quick_run_of_one_row(tmp_path):
+    out = tmp_path / "one.json"
+    done = python(
+        "-m", "benchmarks.run", "--backend", "jax", "--quick", "--no-peers",
+        "--rows", "soft", "--out", out,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    record = json.loads(out.read_text())
+    (row,) = record["rows"].values()
+    assert row["failures"] == []
+    assert [(line["pass"], line["against"]) for line in row["lines"]] == [
+        ("forward", "dense"),
+        ("gradient", "dense"),
+    ]
+    for line in row["lines"]:
+        assert line["ratio"]["median"] > 0 and line["ratio"]["n"] == 3
+        assert line["met"] == (line["ratio"]["median"] <= 1.25)
+    assert record["versions"]["keras-moe"] and record["device"]["cores"] >= 1
+    assert record["command"].startswith("python -m benchmarks.run --backend jax --quick")
+    assert "running" not in record
+    assert "tiny sizes: these numbers mean nothing" in done.stdout
+
+
+def test_a_killed_process_keeps_what_it_had(tmp_path):
+    out = tmp_path / "one.json"
+    assert python("-c", KILLED, out).returncode == -signal.SIGKILL
+    record = json.loads(out.read_text())
+    assert record["rows"] == {"one": {"lines": [1, 2]}}
+    assert record["running"] == "two"
+
+
+def test_the_rows_after_a_killed_one_still_run(tmp_path, monkeypatch):
+    """The first process dies in the second row; another one goes on with the third."""
+    path = tmp_path / "one.json"
+    rows = select(["decode"])
+    asked = []
+
+    def child(command, env):
+        names = json.loads(command[-1])["rows"]
+        asked.append(names)
+        store = Store(path, HEADER)
+        for name in names:
+            store.begin(name)
+            if name == rows[1].name:
+                return SimpleNamespace(returncode=-9)
+            store.end(name, {"lines": []})
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(run.subprocess, "run", child)
+    record = run.run_backend(rows, path, HEADER, Options("jax"), None)
+    assert asked == [[row.name for row in rows], [rows[2].name]]
+    assert record["rows"][rows[0].name] == record["rows"][rows[2].name] == {"lines": []}
+    assert record["rows"][rows[1].name]["error"] == "The process ended with status -9."
+
+
+def test_a_row_that_fails_is_stored_and_the_others_go_on(tmp_path, monkeypatch):
+    from benchmarks import child
+
+    def measure(row, engine, options):
+        if row.sizes.tokens == 8:
+            raise RuntimeError("no luck\nand a long story")
+        return {"lines": []}
+
+    monkeypatch.setattr(child, "measure_row", measure)
+    store = Store(tmp_path / "one.json", HEADER)
+    child.run_rows(select(["decode"]), store, None, Options("jax"), None)
+    errors = [row.get("error") for row in store.record["rows"].values()]
+    assert errors == [None, "RuntimeError: no luck", None]
+
+
+def test_a_row_that_takes_too_long_is_given_up(tmp_path, monkeypatch):
+    from benchmarks import child
+
+    def measure(row, engine, options):
+        try:
+            time.sleep(10)
+        except Exception:
+            return {"lines": ["taken for a contender's failure"]}
+
+    monkeypatch.setattr(child, "measure_row", measure)
+    store = Store(tmp_path / "one.json", HEADER)
+    child.run_rows(select(["compile"]), store, None, Options("jax", row_limit=1), None)
+    (row,) = store.record["rows"].values()
+    assert row["error"] == "RowTooLong: The row took longer than 1 s (--row-limit)."
+
+
+def test_the_default_file_is_named_by_date_device_and_backend():
+    path = default_path("2026-01-31T12:00:00Z", "Some(R) CPU @ 2 GHz", "tensorflow-xla", False)
+    assert path.name == "2026-01-31T120000Z_some-r-cpu-2-ghz_tensorflow-xla.json"
+    assert default_path("d", "cpu", "jax", True).name == "d_cpu_jax_quick.json"
+
+
+def test_the_stored_command_has_no_path():
+    arguments = ["--rows", "soft", "--out", "/some/where", "--quick", "--out=/else/where"]
+    assert run.command_of(arguments) == "python -m benchmarks.run --rows soft --quick"
+
+
+def test_a_target_is_met_or_missed_by_so_much():
+    line = {"limit": 1.2, "ratio": {"median": 1.5}}
+    assert show.verdict({**line, "met": False}) == "missed by 25 %"
+    assert show.verdict({**line, "met": True}) == "met"
+    assert show.verdict({**line, "limit": None, "met": None}) == ""
