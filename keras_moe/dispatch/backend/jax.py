@@ -44,10 +44,12 @@ def block_sizes(total: int, num_experts: int) -> tuple[int, ...]:
     if not isinstance(total, int):  # a symbolic size of `jax.export`
         return (128, 32)
     mean = total // num_experts
+    if mean >= 1024:
+        return (1024, 128, 32)
     if mean >= 256:
         return (512, 128, 32)
     if mean >= 32:
-        return (128, 32)
+        return (128, 64, 32)
     return (32, 8) if mean >= 8 else (8,)
 
 
