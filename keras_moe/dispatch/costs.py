@@ -9,12 +9,14 @@ class Platform(NamedTuple):
     """Costs of one expert besides its rows, in rows it could compute in the same time.
 
     Attributes:
+        read: of reading an expert's weights from memory, which few rows wait for.
         copy: of copying an expert's weights, where a walk has to.
-        waste: rows of the last block that are not the expert's own, on average.
-        lookup: of gathering an expert's weights for a single row and using them once.
+        waste: rows of the last block that are not the expert's own, on average, where it has many.
+        lookup: of gathering an expert's weights for a single row, besides reading them.
         dispatch: of sorting and gathering, per row.
     """
 
+    read: float
     copy: float
     waste: float
     lookup: float
@@ -23,19 +25,25 @@ class Platform(NamedTuple):
 
 # Measured on 2 CPU cores in float32: docs/design/0010-a-walk-with-its-own-gradient.md.
 _PLATFORMS = {
-    "jax": Platform(copy=40.0, waste=16.0, lookup=120.0, dispatch=0.1),
-    "tensorflow": Platform(copy=4.0, waste=0.0, lookup=120.0, dispatch=0.1),
-    "torch": Platform(copy=0.0, waste=0.0, lookup=120.0, dispatch=0.1),
+    "jax": Platform(read=25.0, copy=25.0, waste=16.0, lookup=100.0, dispatch=0.1),
+    "tensorflow": Platform(read=25.0, copy=4.0, waste=0.0, lookup=100.0, dispatch=0.1),
+    "torch": Platform(read=25.0, copy=0.0, waste=0.0, lookup=100.0, dispatch=0.1),
 }
 # Portable Keras code: gathered weights, about four blocks of each expert.
-_PORTABLE = Platform(copy=160.0, waste=16.0, lookup=120.0, dispatch=0.1)
+_PORTABLE = Platform(read=25.0, copy=160.0, waste=16.0, lookup=100.0, dispatch=0.1)
 _TILE = 64  # rows per tile of a grouped matmul kernel; half of one is wasted per expert
+
+
+def least_cost(num_tokens: int, num_experts: int, top_k: int) -> float:
+    """What any carrier must do: k N rows, and reading the weights of the experts in use once."""
+    read = _PLATFORMS.get(keras.backend.backend(), _PORTABLE).read
+    return num_tokens * top_k + read * _expected_busy(num_tokens, num_experts, top_k)
 
 
 def dropless_costs(
     num_tokens: int, num_experts: int, top_k: int, *, training: bool, is_bank: bool, grouped: bool
 ) -> dict[str, float]:
-    """Predicted cost of each dropless carrier; the limit is the k N rows that routing asks for.
+    """Predicted cost of each dropless carrier.
 
     Args:
         num_tokens: the tokens N of one call.
@@ -46,17 +54,21 @@ def dropless_costs(
         grouped: whether there is a good native grouped matmul.
     """
     platform = _PLATFORMS.get(keras.backend.backend(), _PORTABLE) if is_bank else _PORTABLE
-    rows = num_tokens * top_k
-    # Experts that at least one token chooses, where all choices are as likely.
-    busy = num_experts * (1 - (1 - min(top_k / num_experts, 1.0)) ** num_tokens)
+    rows, busy = num_tokens * top_k, _expected_busy(num_tokens, num_experts, top_k)
+    waste = min(platform.waste, rows / busy)
     costs = {
-        "blocks": rows * (1 + platform.dispatch) + busy * (platform.copy + platform.waste),
-        "dense": float(num_tokens * num_experts),
+        "blocks": rows * (1 + platform.dispatch) + busy * (platform.read + platform.copy + waste),
+        "dense": num_experts * (num_tokens + platform.read),
     }
     if grouped and is_bank:
         # A walk is a loop with a matmul per step: what an accelerator is worst at.
         del costs["blocks"]
-        costs["grouped"] = rows * (1 + platform.dispatch) + busy * _TILE / 2
+        costs["grouped"] = rows * (1 + platform.dispatch) + busy * (platform.read + _TILE / 2)
     if is_bank and not training:
-        costs["lookup"] = rows * platform.lookup
+        costs["lookup"] = rows * (1 + platform.read + platform.lookup)
     return costs
+
+
+def _expected_busy(num_tokens: int, num_experts: int, top_k: int) -> float:
+    """Experts that at least one token chooses, where all choices are as likely."""
+    return num_experts * (1 - (1 - min(top_k / num_experts, 1.0)) ** num_tokens)

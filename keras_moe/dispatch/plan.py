@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from keras import ops
 
+from keras_moe.dispatch import backend
 from keras_moe.types import Tensor
 
 
@@ -75,10 +76,15 @@ def sort_into_bins(bin_of: Tensor, num_bins: int | Tensor) -> Bins:
         ops.searchsorted(sorted_bins, ops.arange(num_bins + 1, dtype="int32"), side="left"),
         "int32",
     )
-    rank = ops.scatter(
-        ops.expand_dims(order, -1), ops.arange(total, dtype="int32"), (total,)
-    )  # the inverse permutation of `order`
-    return Bins(order, rank, edges, bin_of)
+    return Bins(order, _inverse(order, total), edges, bin_of)
+
+
+def _inverse(order: Tensor, total: int | Tensor) -> Tensor:
+    """The inverse of a permutation."""
+    own = getattr(backend.current(), "inverse_permutation", None)
+    if own is not None:
+        return own(order)
+    return ops.scatter(ops.expand_dims(order, -1), ops.arange(total, dtype="int32"), (total,))
 
 
 def _sort(bin_of: Tensor, total: int | Tensor, num_bins: int | Tensor) -> tuple[Tensor, Tensor]:

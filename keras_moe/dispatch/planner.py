@@ -8,6 +8,7 @@ from keras_moe import _checks
 from keras_moe.dispatch.auto import DROPLESS, AutoCarrier
 from keras_moe.dispatch.capacity import CapacityCarrier
 from keras_moe.dispatch.carrier import Carrier
+from keras_moe.dispatch.costs import least_cost
 from keras_moe.dispatch.einsum import EinsumCarrier
 
 CARRIERS: dict[str, type[Carrier]] = {
@@ -30,8 +31,9 @@ class DispatchPlan(NamedTuple):
 
     Attributes:
         carrier: the carrier's name.
-        overhead: predicted time over that of the k N rows that routing asks for; 1.0 is the limit,
-            what a dense layer of the same active FLOPs costs.
+        overhead: predicted time over that of a dense layer of the same active FLOPs (with few
+            tokens: of reading the weights in use once); 1.0 is the limit. With a capacity, slots
+            over the k N assignments.
         reason: why this carrier, in one sentence.
     """
 
@@ -86,7 +88,7 @@ def plan(
     """Describes what `carrier` does with `num_tokens`; `slots` is the capacity's E C, or 0."""
     name = carrier.name
     if carrier.has_capacity:
-        cost = float(slots)
+        cost, least = float(slots), float(num_tokens * top_k)
     else:
         costs = AutoCarrier.costs(
             num_tokens, num_experts, top_k, is_bank=is_bank, dtype=dtype, training=training
@@ -94,7 +96,8 @@ def plan(
         if isinstance(carrier, AutoCarrier):
             name = min(costs, key=lambda each: costs[each])
         cost = costs.get(name, float("nan"))
+        least = least_cost(num_tokens, num_experts, top_k)
     reason = _WHY.get(name, "a carrier of yours").format(rows=cost)
     if not isinstance(carrier, AutoCarrier | CapacityCarrier):
         reason = f"asked for; {reason}"
-    return DispatchPlan(name, cost / (num_tokens * top_k), reason)
+    return DispatchPlan(name, cost / least, reason)

@@ -100,6 +100,12 @@ def _empty_with_zero_tail(rows: Tensor, width: int, bounds: list[tuple[int, int]
     return outputs
 
 
+def inverse_permutation(order: Tensor) -> Tensor:
+    """Where each entry stands; `keras.ops.scatter` is a Python loop over entries on PyTorch."""
+    places = torch.arange(order.shape[0], dtype=order.dtype, device=order.device)
+    return torch.empty_like(order).scatter_(0, order.long(), places)
+
+
 def grouped_matmul(rows: Tensor, kernel: Tensor, ends: Tensor) -> Tensor:
     """PyTorch's own grouped matmul; our loop where it wants rows of whole 16 bytes."""
     widths = (kernel.shape[1], kernel.shape[2])
