@@ -38,7 +38,7 @@ class AutoCarrier(Carrier):
     ) -> tuple[Tensor, Tensor]:
         count = ops.shape(tokens)[0]
         costs = self.costs(
-            count if isinstance(count, int) else _MANY,
+            max(count, 1) if isinstance(count, int) else _MANY,
             experts.num_experts,
             routing.experts.shape[-1],
             is_bank=takes_groups(experts),

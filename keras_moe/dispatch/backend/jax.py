@@ -73,6 +73,8 @@ def carry(
     Returns:
         `(N, out)`.
     """
+    if tokens.shape[0] == 0:  # there is no row that an empty slot could hold
+        return jnp.zeros((0, stages[-1].kernels[0].shape[-1]), tokens.dtype)
     total = weights.shape[0] * weights.shape[1]
     static = _Static(tuple(stage.activation for stage in stages), block_sizes(total, ends.shape[0]))
     layers = [(stage.kernels, stage.biases) for stage in stages]
