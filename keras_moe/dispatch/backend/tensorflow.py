@@ -217,6 +217,8 @@ def _ranges_forward(
     remembered = experts.kernels[: _num_remembered(static, experts)]
     carry = (pieces(experts.kernels[-1][0]), tf.nest.map_structure(pieces, list(remembered)))
     outputs, sums = _over_indices(num_experts, body, carry)
+    # Joined, since a SavedModel cannot keep a gradient that captures a `TensorArray`.
+    sums = tf.nest.map_structure(lambda each: _joined(each, rows, ends), sums)
     return _joined(outputs, rows, ends), sums
 
 
@@ -228,7 +230,7 @@ def _ranges_backward(
     def body(index: Tensor, carry: Any) -> Any:
         start, end = starts[index], ends[index]
         expert = _expert(experts, index, lambda scale: scale[start:end])
-        before = tf.nest.map_structure(lambda pieces: pieces.read(index), sums)
+        before = tf.nest.map_structure(lambda all_: all_[start:end], sums)
         by_row, by_expert = _apply_backward(
             static, expert, rows[start:end], before, cotangent[start:end], _linear_backward
         )
