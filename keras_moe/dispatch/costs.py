@@ -23,7 +23,7 @@ class Platform(NamedTuple):
     dispatch: float
 
 
-# Measured on 2 CPU cores in float32: docs/design/0010-a-walk-with-its-own-gradient.md.
+# Set to fit ratios measured on 2 CPU cores in float32, with no GPU: docs/design/0010.
 _PLATFORMS = {
     "jax": Platform(read=25.0, copy=25.0, waste=16.0, lookup=100.0, dispatch=0.1),
     "tensorflow": Platform(read=25.0, copy=4.0, waste=0.0, lookup=100.0, dispatch=0.1),

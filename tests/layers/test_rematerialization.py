@@ -75,4 +75,5 @@ def test_dropout_is_not_drawn_again(monkeypatch):
     monkeypatch.setattr(keras, "remat", None)
     with keras.RematScope(mode="full"):
         layer = layers.MoE(4, 8, dropout=0.5)
-    layer(keras.ops.ones((3, D)), training=True)
+    outputs = layer(keras.ops.ones((3, D)), training=True)  # calling None would fail
+    assert layer._recomputes_experts and tuple(outputs.shape) == (3, D)
