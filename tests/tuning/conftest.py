@@ -19,4 +19,5 @@ def quick_search():
         jax.config.update("jax_disable_most_optimizations", True)
         yield
         jax.config.update("jax_disable_most_optimizations", False)
+        jax.clear_caches()  # what was compiled so rounds otherwise and would stay
     gc.unfreeze()
