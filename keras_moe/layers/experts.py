@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import keras
 from keras import ops
 
 from keras_moe import _checks
 from keras_moe.constraints import per_expert
-from keras_moe.dispatch import Stage
+from keras_moe.dispatch import Stage, backend
 from keras_moe.initializers import PerExpertInitializer
 from keras_moe.layers.naming import name_or_default
 from keras_moe.types import (
@@ -24,10 +24,22 @@ from keras_moe.types import (
 
 Grouped: TypeAlias = Callable[[Tensor, Callable[[int | Tensor], list[Stage]]], Tensor]
 
+_MANY_ROWS = 512  # from here on a plain matmul per expert beats a batched one on a CPU
+
+
+class _Layer(NamedTuple):
+    """One layer: its kernels (of the gate first), biases for each or none, and the activation."""
+
+    kernels: Sequence[Any]
+    biases: Sequence[Any]
+    activation: Callable[..., Tensor] | None
+
 
 @keras.saving.register_keras_serializable(package="keras_moe")
 class ExpertMLP(keras.layers.Layer):
     """E multilayer perceptrons with stacked weights, run as one batched matmul per layer.
+
+    Many rows that all experts read are run expert by expert on a CPU, where that is faster.
 
     For expert e and layer i: h = act(h @ kernel_i[e] + bias_i[e]), the last layer without act
     unless `activate_last`. With `gated`, a hidden layer is
@@ -166,31 +178,71 @@ class ExpertMLP(keras.layers.Layer):
             return grouped(inputs, lambda count: self._stages(count, training))
         if block_experts is None:
             self._check_bank_size(inputs)
-        hidden = inputs
-        for index in range(len(self.units)):
-            values = self._linear(hidden, self._kernels[index], self._biases[index], block_experts)
-            if not self._is_activated(index):
-                return values
-            if self.gated:
-                gates = self._linear(
-                    hidden, self._gate_kernels[index], self._gate_biases[index], block_experts
-                )
-                hidden = self.activation(gates) * values
-            else:
-                hidden = self.activation(values)
+            if _is_faster_one_by_one(inputs):
+                rows = ops.squeeze(inputs, axis=0)
+                outputs = [self._run(rows, layers, training) for layers in self._by_expert()]
+                return ops.stack(outputs)
+        return self._run(inputs, self._bank(block_experts), training)
+
+    def _run(self, hidden: Tensor, layers: list["_Layer"], training: bool | None) -> Tensor:
+        for layer in layers:
+            sums = [ops.matmul(hidden, kernel) for kernel in layer.kernels]
+            if layer.biases:
+                sums = [each + bias for each, bias in zip(sums, layer.biases, strict=True)]
+            if layer.activation is None:
+                return sums[0]
+            hidden = layer.activation(*sums)
             if training and self.seed_generator is not None:
                 hidden = keras.random.dropout(hidden, self.dropout, seed=self.seed_generator)
         return hidden
 
-    def _linear(
-        self, rows: Tensor, kernel: Tensor, bias: Tensor | None, block_experts: Tensor | None
-    ) -> Tensor:
-        """Multiplies each batch of rows with its expert's kernel, or each block with its own."""
-        if block_experts is not None:
-            kernel = _take_experts(kernel, block_experts)
-            bias = None if bias is None else _take_experts(bias, block_experts)
-        outputs = ops.matmul(rows, kernel)
-        return outputs if bias is None else outputs + ops.expand_dims(bias, 1)
+    def _bank(self, block_experts: Tensor | None) -> list["_Layer"]:
+        """The layers of all experts, or of each block's."""
+
+        def of_blocks(weights: Tensor) -> Tensor:
+            weights = ops.convert_to_tensor(weights)
+            return weights if block_experts is None else _take_experts(weights, block_experts)
+
+        return [
+            layer._replace(
+                kernels=[of_blocks(kernel) for kernel in layer.kernels],
+                biases=[ops.expand_dims(of_blocks(bias), 1) for bias in layer.biases],
+            )
+            for layer in self._linear_layers()
+        ]
+
+    def _by_expert(self) -> list[list["_Layer"]]:
+        """The layers of each expert, whose biases are `(1, out)`."""
+
+        def parts(weights: Any) -> Any:  # whose gradient is one concatenation
+            return ops.split(ops.convert_to_tensor(weights), self.num_experts, axis=0)
+
+        by_layer = []
+        for layer in self._linear_layers():
+            kernels = zip(*[parts(kernel) for kernel in layer.kernels], strict=True)
+            biases = list(zip(*[parts(bias) for bias in layer.biases], strict=True))
+            by_layer.append(
+                [
+                    layer._replace(
+                        kernels=[ops.squeeze(kernel, axis=0) for kernel in of_expert],
+                        biases=biases[expert] if biases else (),
+                    )
+                    for expert, of_expert in enumerate(kernels)
+                ]
+            )
+        return [list(layers) for layers in zip(*by_layer, strict=True)]
+
+    def _linear_layers(self) -> list["_Layer"]:
+        layers = []
+        for index in range(len(self.units)):
+            kernels, biases = [self._kernels[index]], [self._biases[index]]
+            activation = self.activation if self._is_activated(index) else None
+            if self.gated and activation is not None:
+                activation = self._gated_activation
+                kernels = [self._gate_kernels[index], *kernels]
+                biases = [self._gate_biases[index], *biases]
+            layers.append(_Layer(kernels, biases if self.use_bias else (), activation))
+        return layers
 
     @property
     def takes_groups(self) -> bool:
@@ -200,24 +252,16 @@ class ExpertMLP(keras.layers.Layer):
     def _stages(self, count: int | Tensor, training: bool | None) -> list[Stage]:
         """The layers as a carrier takes them, for `count` rows."""
         stages = []
-        for index, units in enumerate(self.units):
-            kernels, biases = [self._kernels[index]], [self._biases[index]]
-            if not self._is_activated(index):
-                activation, scale = None, None
-            else:
-                activation, scale = self.activation, None
-                if self.gated:
-                    activation = self._gated_activation
-                    kernels = [self._gate_kernels[index], *kernels]
-                    biases = [self._gate_biases[index], *biases]
-                if training and self.seed_generator is not None:
-                    ones = ops.ones((count, units), dtype=self.compute_dtype)
-                    scale = keras.random.dropout(ones, self.dropout, seed=self.seed_generator)
+        for layer, units in zip(self._linear_layers(), self.units, strict=True):
+            scale = None
+            if layer.activation is not None and training and self.seed_generator is not None:
+                ones = ops.ones((count, units), dtype=self.compute_dtype)
+                scale = keras.random.dropout(ones, self.dropout, seed=self.seed_generator)
             stages.append(
                 Stage(
-                    kernels=tuple(ops.convert_to_tensor(kernel) for kernel in kernels),
-                    biases=tuple(ops.convert_to_tensor(b) for b in biases if b is not None),
-                    activation=activation,
+                    kernels=tuple(ops.convert_to_tensor(kernel) for kernel in layer.kernels),
+                    biases=tuple(ops.convert_to_tensor(bias) for bias in layer.biases),
+                    activation=layer.activation,
                     scale=scale,
                 )
             )
@@ -272,6 +316,19 @@ class ExpertMLP(keras.layers.Layer):
             "bias_constraint": keras.constraints.serialize(self.bias_constraint),
             "seed": self.seed,
         }
+
+
+def _is_faster_one_by_one(inputs: Tensor) -> bool:
+    """Whether rows that all experts read are better given to one expert after the other.
+
+    On a CPU a batched matmul reads the rows anew for each expert and keeps all of them in flight;
+    a plain one has a better kernel. Few rows wait for the calls instead: docs/design/0011.
+    """
+    experts, rows = ops.shape(inputs)[:2]
+    module = backend.current()
+    if experts != 1 or module is None or not module.is_on_cpu(inputs):
+        return False
+    return not isinstance(rows, int) or rows >= _MANY_ROWS
 
 
 def _take_experts(bank: Tensor, experts: Tensor) -> Tensor:

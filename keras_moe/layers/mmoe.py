@@ -33,8 +33,8 @@ class MMoE(RematerializesExperts):
 
     gates[n,t,:] = softmax(x[n,:] @ kernel[t])
     y_t[n,:]     = sum_e gates[n,t,e] * expert_e(x[n,:])
-    where expert_e is a multilayer perceptron with the activation on every layer. All experts run as
-    one batched bank and all gates as one matmul, however many there are.
+    where expert_e is a multilayer perceptron with the activation on every layer. All gates
+    are one matmul, and all experts one per layer; on a CPU many rows go expert by expert instead.
 
     Args:
         num_experts: Positive integer, the number of experts E.

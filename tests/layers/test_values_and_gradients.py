@@ -522,6 +522,8 @@ def check_mmoe(arguments, shape, activation="relu", mask=None):
         (True, True, "blocks"),
         (False, False, "own"),
         (True, True, "shared"),
+        (False, False, "many shared"),
+        (True, True, "many shared"),
     ],
 )
 def test_expert_mlp(gated, activate_last, rows):
@@ -530,10 +532,11 @@ def test_expert_mlp(gated, activate_last, rows):
     )
     layer.build((3, None, 4))
     helpers.randomize_weights(layer, 50)
-    first = {"own": 3, "shared": 1, "blocks": 5}[rows]
+    first = {"own": 3, "shared": 1, "many shared": 1, "blocks": 5}[rows]
+    count = 515 if rows == "many shared" else 2
     rng = np.random.default_rng(51)
-    x = rng.normal(size=(first, 2, 4)).astype("float32")
-    cotangent = rng.normal(size=(5 if rows == "blocks" else 3, 2, 6)).astype("float32")
+    x = rng.normal(size=(first, count, 4)).astype("float32")
+    cotangent = rng.normal(size=(5 if rows == "blocks" else 3, count, 6)).astype("float32")
     call = {"block_experts": np.array([2, 0, 2, 2, 0], "int32")} if rows == "blocks" else {}
     outputs, _, gradients = helpers.values_and_gradients(layer, x, cotangent, **call)
     expected, expected_gradients = expert_mlp.run(
@@ -546,6 +549,22 @@ def test_expert_mlp(gated, activate_last, rows):
     )
     helpers.assert_close(outputs, expected, "outputs")
     helpers.assert_all_close(gradients, expected_gradients)
+
+
+@pytest.mark.parametrize(("count", "rank"), [(511, 3), (512, 2)])
+def test_many_shared_rows_are_run_expert_by_expert(count, rank, monkeypatch):
+    ranks = []
+    matmul = keras.ops.matmul
+
+    def spy(rows, kernel):
+        ranks.append(len(kernel.shape))
+        return matmul(rows, kernel)
+
+    layer = layers.ExpertMLP(3, [5, 6])
+    layer.build((3, None, 4))
+    monkeypatch.setattr(keras.ops, "matmul", spy)
+    helpers.call(layer, np.zeros((1, count, 4), "float32"))
+    assert ranks == [rank] * (2 if rank == 3 else 2 * 3)
 
 
 # === Keras layers as experts ===

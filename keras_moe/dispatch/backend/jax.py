@@ -369,6 +369,12 @@ def grouped_matmul(rows: Tensor, kernel: Tensor, ends: Tensor) -> Tensor:
     return lax.ragged_dot(rows, kernel, jnp.diff(ends, prepend=0))
 
 
+def is_on_cpu(tensor: Tensor) -> bool:
+    """Whether what is computed from a tensor, traced or not, is computed on a CPU."""
+    del tensor
+    return jax.default_backend() == "cpu"
+
+
 def may_have_grouped_matmul() -> bool:
     """Whether a probe of `grouped_matmul` is worth its time on this device."""
     return jax.default_backend() != "cpu"

@@ -414,3 +414,9 @@ def _write(at: Tensor, all_: Tensor, block: Tensor) -> Tensor:
 
 _ON_RANGES = (_ranges_forward, _ranges_backward)
 _ON_BLOCKS = (_blocks_forward, _blocks_backward)
+
+
+def is_on_cpu(tensor: Tensor) -> bool:
+    """Whether what is computed from a tensor, traced or not, is computed on a CPU."""
+    del tensor
+    return not any(tf.config.list_physical_devices(kind) for kind in ("GPU", "TPU"))

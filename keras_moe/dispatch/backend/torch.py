@@ -114,6 +114,11 @@ def grouped_matmul(rows: Tensor, kernel: Tensor, ends: Tensor) -> Tensor:
     return torch.nn.functional.grouped_mm(rows, kernel, offs=ends)
 
 
+def is_on_cpu(tensor: Tensor) -> bool:
+    """Whether what is computed from a tensor, traced or not, is computed on a CPU."""
+    return bool(tensor.device.type == "cpu")
+
+
 def may_have_grouped_matmul() -> bool:
     """Whether a probe of `grouped_matmul` is worth its time on this device.
 
