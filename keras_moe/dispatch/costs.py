@@ -12,25 +12,27 @@ class Platform(NamedTuple):
         read: of reading an expert's weights from memory, which few rows wait for.
         copy: of copying an expert's weights, where a walk has to.
         waste: rows of the last block that are not the expert's own, on average, where it has many.
-        lookup: of gathering an expert's weights for a single row, besides reading them.
+        start: of sorting and of setting up a walk, once.
+        lookup: of gathering experts' weights, per row and row: copies that leave the caches.
         dispatch: of sorting and gathering, per row.
     """
 
     read: float
     copy: float
     waste: float
+    start: float
     lookup: float
     dispatch: float
 
 
 # Set to fit ratios measured on 2 CPU cores in float32, with no GPU: docs/design/0010.
 _PLATFORMS = {
-    "jax": Platform(read=25.0, copy=25.0, waste=16.0, lookup=100.0, dispatch=0.1),
-    "tensorflow": Platform(read=25.0, copy=4.0, waste=0.0, lookup=100.0, dispatch=0.1),
-    "torch": Platform(read=25.0, copy=0.0, waste=0.0, lookup=100.0, dispatch=0.1),
+    "jax": Platform(read=25.0, copy=25.0, waste=16.0, start=0.0, lookup=4.0, dispatch=0.1),
+    "tensorflow": Platform(read=25.0, copy=4.0, waste=0.0, start=100.0, lookup=4.0, dispatch=0.1),
+    "torch": Platform(read=25.0, copy=0.0, waste=0.0, start=70.0, lookup=4.0, dispatch=0.1),
 }
 # Portable Keras code: gathered weights, about four blocks of each expert.
-_PORTABLE = Platform(read=25.0, copy=160.0, waste=16.0, lookup=100.0, dispatch=0.1)
+_PORTABLE = Platform(read=25.0, copy=160.0, waste=16.0, start=0.0, lookup=4.0, dispatch=0.1)
 _TILE = 64  # rows per tile of a grouped matmul kernel; half of one is wasted per expert
 
 
@@ -57,7 +59,9 @@ def dropless_costs(
     rows, busy = num_tokens * top_k, _expected_busy(num_tokens, num_experts, top_k)
     waste = min(platform.waste, rows / busy)
     costs = {
-        "blocks": rows * (1 + platform.dispatch) + busy * (platform.read + platform.copy + waste),
+        "blocks": platform.start
+        + rows * (1 + platform.dispatch)
+        + busy * (platform.read + platform.copy + waste),
         "dense": num_experts * (num_tokens + platform.read),
     }
     if grouped and is_bank:
@@ -65,7 +69,7 @@ def dropless_costs(
         del costs["blocks"]
         costs["grouped"] = rows * (1 + platform.dispatch) + busy * (platform.read + _TILE / 2)
     if is_bank and not training:
-        costs["lookup"] = rows * (1 + platform.read + platform.lookup)
+        costs["lookup"] = rows * (1 + platform.read + platform.lookup * rows)
     return costs
 
 

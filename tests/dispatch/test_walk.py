@@ -36,14 +36,15 @@ def silu_slope(x):
 
 
 def walk(rows, ends, stages, total):
-    """The backend's walk; on JAX, which fuses it with gather and combine, between identities."""
+    """The backend's walk; where it gathers and combines too, between identities."""
     module = backend.current()
     if hasattr(module, "walk"):
         return module.walk(rows, ends, stages, total)
     everything = np.arange(rows.shape[0], dtype="int32")
-    slots = Slots(np.where(everything < total, everything, total), everything[:total])
-    weights = np.ones((total, 1), "float32")
-    outputs = module.carry(rows[:total], ops.convert_to_tensor(weights), slots, ends, stages)
+    assignment = np.where(everything < total, everything, total)
+    slots = Slots(*map(ops.convert_to_tensor, (assignment, everything[:total])))
+    weights = ops.ones((total, 1), dtype="float32")
+    outputs = module.carry(rows[:total], weights, slots, ends, stages)
     return ops.pad(outputs, ((0, rows.shape[0] - total), (0, 0)))
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from keras_moe.dispatch.plan import Slots
 from keras_moe.dispatch.stages import Stage
 from keras_moe.types import Tensor
 
@@ -24,19 +25,28 @@ def row_padding(total: int, num_experts: int) -> int:
 
 
 @torch.compiler.disable  # the loop's bounds are data; `torch.compile` goes on after it
-def walk(rows: Tensor, ends: Tensor, stages: Sequence[Stage], total: int) -> Tensor:
-    """Applies each expert to its own rows.
+def carry(
+    tokens: Tensor, weights: Tensor, slots: Slots, ends: Tensor, stages: Sequence[Stage]
+) -> Tensor:
+    """Applies each token's experts and sums what they give, weighted.
 
     Args:
-        rows: `(total, d)`, sorted by expert.
-        ends: int32 `(E,)`, where each expert's rows end; the first one's begin at 0.
+        tokens: `(N, d)`.
+        weights: `(N, k)`, the weight of each assignment.
+        slots: assignments sorted by expert, those without an expert last.
+        ends: int32 `(E,)`, where each expert's slots end; the first one's begin at 0.
         stages: the layers of the experts.
-        total: the rows.
 
     Returns:
-        `(total, out)`; past `ends[-1]` it is 0.
+        `(N, out)`, summed in float32 at least.
     """
-    del total
+    count, top_k = weights.shape
+    if count == 0:
+        return tokens.new_zeros(0, stages[-1].kernels[0].shape[-1])
+    # An assignment without an expert finds its zero in the last slot, which then has none either.
+    slot_of = slots.slot_of.clamp(max=count * top_k - 1).view(top_k, count)
+    token_of = slots.assignment % count
+    rows = _Gather.apply(tokens, token_of, slot_of)
     bounds = _bounds(ends)
     for stage in stages:
         biases = stage.biases or [None] * len(stage.kernels)
@@ -47,7 +57,66 @@ def walk(rows: Tensor, ends: Tensor, stages: Sequence[Stage], total: int) -> Ten
         rows = sums[0] if stage.activation is None else stage.activation(*sums)
         if stage.scale is not None:
             rows = rows * stage.scale
-    return rows
+    if stages[-1].activation is not None:  # which need not be 0 at 0
+        rows = _with_zero_tail(rows, bounds)
+    return _Combine.apply(rows, weights, slots.assignment, token_of, slot_of)
+
+
+class _Gather(torch.autograd.Function):
+    """The token of each slot; its gradient is a gather too, of each token's slots."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, token_of: Tensor, slot_of: Tensor) -> Tensor:
+        ctx.save_for_backward(slot_of)
+        return tokens.index_select(0, token_of)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (slot_of,) = ctx.saved_tensors
+        return _sums(upstream.contiguous(), slot_of), None, None
+
+
+class _Combine(torch.autograd.Function):
+    """Each token's weighted sum over its slots."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        outputs: Tensor,
+        weights: Tensor,
+        assignment: Tensor,
+        token_of: Tensor,
+        slot_of: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(outputs, weights, assignment, token_of, slot_of)
+        return _sums(outputs, slot_of, weights)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        outputs, weights, assignment, token_of, slot_of = ctx.saved_tensors
+        wide = torch.promote_types(outputs.dtype, torch.float32)
+        by_slot = upstream.index_select(0, token_of)
+        slope = torch.linalg.vecdot(outputs.to(wide), by_slot.to(wide))
+        weight_of = weights.t().reshape(-1)[assignment.clamp(max=slot_of.numel() - 1)]
+        by_outputs = by_slot.mul_(weight_of[:, None])
+        return by_outputs, slope[slot_of].t().to(weights.dtype), None, None, None
+
+
+def _sums(rows: Tensor, slot_of: Tensor, weights: Tensor | None = None) -> Tensor:
+    """The sum over each token's slots `(k, N)` of rows `(S, width)`, `weights (N, k)` times."""
+    if rows.dtype in (torch.float32, torch.float64):
+        # One pass that gathers, multiplies and adds.
+        return torch.nn.functional.embedding_bag(
+            slot_of.t().contiguous(),
+            rows,
+            mode="sum",
+            per_sample_weights=None if weights is None else weights.to(rows.dtype),
+        )
+    sums = rows.new_zeros(slot_of.shape[1], rows.shape[1], dtype=torch.float32)
+    for choice, slots in enumerate(slot_of):
+        chosen = rows.index_select(0, slots).float()
+        sums += chosen if weights is None else chosen * weights[:, choice, None]
+    return sums.to(rows.dtype)
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -98,6 +167,15 @@ def _empty_with_zero_tail(rows: Tensor, width: int, bounds: list[tuple[int, int]
     outputs = rows.new_empty(rows.shape[0], width)
     outputs[bounds[-1][1] :] = 0
     return outputs
+
+
+def _with_zero_tail(rows: Tensor, bounds: list[tuple[int, int]]) -> Tensor:
+    end = bounds[-1][1]
+    return (
+        rows
+        if end == rows.shape[0]
+        else torch.nn.functional.pad(rows[:end], (0, 0, 0, rows.shape[0] - end))
+    )
 
 
 def inverse_permutation(order: Tensor) -> Tensor:
