@@ -34,7 +34,10 @@ def alternate(
     seconds: float,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float | None]]:
-    """Times functions in turns, a, b, c, a, b, c, ..., and returns seconds per call by round.
+    """Times functions in turns and returns seconds per call by round.
+
+    Each round begins with another function, and with a call of the round's last one that is not
+    timed: who comes right after the garbage collector takes up to half as long again.
 
     Args:
         steps: by name, warm.
@@ -47,11 +50,17 @@ def alternate(
     calls = {name: math.ceil(SHORTEST_SAMPLE / durations[name]) for name in steps}
     rounds = {name: rounds_within(seconds, repeats, durations[name]) for name in steps}
     samples: dict[str, list[float | None]] = {name: [] for name in steps}
+    names = list(steps)
     for turn in range(repeats):
+        first = turn % len(names)
+        order = [name for name in names[first:] + names[:first] if turn < rounds[name]]
         gc.collect()  # here, and not in a sample
-        for name, step in steps.items():
-            taking_part = turn < rounds[name]
-            samples[name].append(_sample(step, calls[name], clock) if taking_part else None)
+        if order:
+            steps[order[-1]]()  # so that the first one too finds what another function left behind
+        for name in names:
+            samples[name].append(None)
+        for name in order:
+            samples[name][-1] = _sample(steps[name], calls[name], clock)
     return samples
 
 
