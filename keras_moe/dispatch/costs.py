@@ -13,7 +13,7 @@ class Platform(NamedTuple):
         copy: of copying an expert's weights, where a walk has to.
         waste: rows of the last block that are not the expert's own, on average, where it has many.
         start: of sorting and of setting up a walk, once.
-        lookup: of gathering experts' weights, per row and row: copies that leave the caches.
+        lookup: of gathering experts' weights, times the rows squared: such copies leave the caches.
         dispatch: of sorting and gathering, per row.
     """
 
@@ -28,7 +28,7 @@ class Platform(NamedTuple):
 # Set to fit ratios measured on 2 CPU cores in float32, with no GPU: docs/design/0010.
 _PLATFORMS = {
     "jax": Platform(read=25.0, copy=25.0, waste=16.0, start=0.0, lookup=4.0, dispatch=0.1),
-    "tensorflow": Platform(read=25.0, copy=4.0, waste=0.0, start=100.0, lookup=4.0, dispatch=0.1),
+    "tensorflow": Platform(read=25.0, copy=4.0, waste=0.0, start=60.0, lookup=4.0, dispatch=0.1),
     "torch": Platform(read=25.0, copy=0.0, waste=0.0, start=70.0, lookup=4.0, dispatch=0.1),
 }
 # Portable Keras code: gathered weights, about four blocks of each expert.

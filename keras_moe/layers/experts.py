@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import keras
 from keras import ops
@@ -25,14 +25,6 @@ from keras_moe.types import (
 Grouped: TypeAlias = Callable[[Tensor, Callable[[int | Tensor], list[Stage]]], Tensor]
 
 _MANY_ROWS = 512  # from here on a plain matmul per expert beats a batched one on a CPU
-
-
-class _Layer(NamedTuple):
-    """One layer: its kernels (of the gate first), biases for each or none, and the activation."""
-
-    kernels: Sequence[Any]
-    biases: Sequence[Any]
-    activation: Callable[..., Tensor] | None
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -175,65 +167,65 @@ class ExpertMLP(keras.layers.Layer):
         training: bool | None = None,
     ) -> Tensor:
         if grouped is not None:
-            return grouped(inputs, lambda count: self._stages(count, training))
+            return grouped(inputs, lambda count: self._stages_of(count, training))
         if block_experts is None:
             self._check_bank_size(inputs)
             if _is_faster_one_by_one(inputs):
                 rows = ops.squeeze(inputs, axis=0)
-                outputs = [self._run(rows, layers, training) for layers in self._by_expert()]
+                outputs = [self._run(rows, stages, training) for stages in self._by_expert()]
                 return ops.stack(outputs)
         return self._run(inputs, self._bank(block_experts), training)
 
-    def _run(self, hidden: Tensor, layers: list["_Layer"], training: bool | None) -> Tensor:
-        for layer in layers:
-            sums = [ops.matmul(hidden, kernel) for kernel in layer.kernels]
-            if layer.biases:
-                sums = [each + bias for each, bias in zip(sums, layer.biases, strict=True)]
-            if layer.activation is None:
+    def _run(self, hidden: Tensor, stages: list[Stage], training: bool | None) -> Tensor:
+        for stage in stages:
+            sums = [ops.matmul(hidden, kernel) for kernel in stage.kernels]
+            if stage.biases:
+                sums = [each + bias for each, bias in zip(sums, stage.biases, strict=True)]
+            if stage.activation is None:
                 return sums[0]
-            hidden = layer.activation(*sums)
+            hidden = stage.activation(*sums)
             if training and self.seed_generator is not None:
                 hidden = keras.random.dropout(hidden, self.dropout, seed=self.seed_generator)
         return hidden
 
-    def _bank(self, block_experts: Tensor | None) -> list["_Layer"]:
+    def _bank(self, block_experts: Tensor | None) -> list[Stage]:
         """The layers of all experts, or of each block's."""
 
         def of_blocks(weights: Tensor) -> Tensor:
-            weights = ops.convert_to_tensor(weights)
             return weights if block_experts is None else _take_experts(weights, block_experts)
 
         return [
-            layer._replace(
-                kernels=[of_blocks(kernel) for kernel in layer.kernels],
-                biases=[ops.expand_dims(of_blocks(bias), 1) for bias in layer.biases],
+            stage._replace(
+                kernels=tuple(of_blocks(kernel) for kernel in stage.kernels),
+                biases=tuple(ops.expand_dims(of_blocks(bias), 1) for bias in stage.biases),
             )
-            for layer in self._linear_layers()
+            for stage in self._stages()
         ]
 
-    def _by_expert(self) -> list[list["_Layer"]]:
-        """The layers of each expert, whose biases are `(1, out)`."""
+    def _by_expert(self) -> list[list[Stage]]:
+        """The layers of each expert: kernels `(in, out)` and biases `(1, out)`."""
 
-        def parts(weights: Any) -> Any:  # whose gradient is one concatenation
-            return ops.split(ops.convert_to_tensor(weights), self.num_experts, axis=0)
+        def parts(weights: Tensor) -> Any:  # whose gradient is one concatenation
+            return ops.split(weights, self.num_experts, axis=0)
 
-        by_layer = []
-        for layer in self._linear_layers():
-            kernels = zip(*[parts(kernel) for kernel in layer.kernels], strict=True)
-            biases = list(zip(*[parts(bias) for bias in layer.biases], strict=True))
-            by_layer.append(
-                [
-                    layer._replace(
-                        kernels=[ops.squeeze(kernel, axis=0) for kernel in of_expert],
-                        biases=biases[expert] if biases else (),
-                    )
-                    for expert, of_expert in enumerate(kernels)
-                ]
-            )
-        return [list(layers) for layers in zip(*by_layer, strict=True)]
+        split = [
+            (stage, [parts(k) for k in stage.kernels], [parts(b) for b in stage.biases])
+            for stage in self._stages()
+        ]
+        return [
+            [
+                stage._replace(
+                    kernels=tuple(ops.squeeze(each[expert], axis=0) for each in kernels),
+                    biases=tuple(each[expert] for each in biases),
+                )
+                for stage, kernels, biases in split
+            ]
+            for expert in range(self.num_experts)
+        ]
 
-    def _linear_layers(self) -> list["_Layer"]:
-        layers = []
+    def _stages(self) -> list[Stage]:
+        """The layers of the whole bank, without dropout."""
+        stages = []
         for index in range(len(self.units)):
             kernels, biases = [self._kernels[index]], [self._biases[index]]
             activation = self.activation if self._is_activated(index) else None
@@ -241,30 +233,30 @@ class ExpertMLP(keras.layers.Layer):
                 activation = self._gated_activation
                 kernels = [self._gate_kernels[index], *kernels]
                 biases = [self._gate_biases[index], *biases]
-            layers.append(_Layer(kernels, biases if self.use_bias else (), activation))
-        return layers
+            stages.append(
+                Stage(
+                    kernels=tuple(ops.convert_to_tensor(kernel) for kernel in kernels),
+                    biases=tuple(ops.convert_to_tensor(b) for b in biases if b is not None),
+                    activation=activation,
+                )
+            )
+        return stages
 
     @property
     def takes_groups(self) -> bool:
         """Whether `grouped` can be used: not where the activation is a layer, with weights."""
         return not isinstance(self.activation, keras.layers.Layer)
 
-    def _stages(self, count: int | Tensor, training: bool | None) -> list[Stage]:
-        """The layers as a carrier takes them, for `count` rows."""
-        stages = []
-        for layer, units in zip(self._linear_layers(), self.units, strict=True):
-            scale = None
-            if layer.activation is not None and training and self.seed_generator is not None:
+    def _stages_of(self, count: int | Tensor, training: bool | None) -> list[Stage]:
+        """The layers as a carrier takes them, with dropout for `count` rows."""
+        stages = self._stages()
+        if not training or self.seed_generator is None:
+            return stages
+        for index, units in enumerate(self.units):
+            if self._is_activated(index):
                 ones = ops.ones((count, units), dtype=self.compute_dtype)
                 scale = keras.random.dropout(ones, self.dropout, seed=self.seed_generator)
-            stages.append(
-                Stage(
-                    kernels=tuple(ops.convert_to_tensor(kernel) for kernel in layer.kernels),
-                    biases=tuple(ops.convert_to_tensor(bias) for bias in layer.biases),
-                    activation=layer.activation,
-                    scale=scale,
-                )
-            )
+                stages[index] = stages[index]._replace(scale=scale)
         return stages
 
     def _gated_activation(self, gates: Tensor, values: Tensor) -> Tensor:
@@ -324,9 +316,8 @@ def _is_faster_one_by_one(inputs: Tensor) -> bool:
     On a CPU a batched matmul reads the rows anew for each expert and keeps all of them in flight;
     a plain one has a better kernel. Few rows wait for the calls instead: docs/design/0011.
     """
-    experts, rows = ops.shape(inputs)[:2]
-    module = backend.current()
-    if experts != 1 or module is None or not module.is_on_cpu(inputs):
+    module, rows = backend.current(), ops.shape(inputs)[1]
+    if inputs.shape[0] != 1 or module is None or not module.is_on_cpu(inputs):
         return False
     return not isinstance(rows, int) or rows >= _MANY_ROWS
 

@@ -194,6 +194,30 @@ def test_what_is_not_finite_stays_with_its_expert():
     assert np.isfinite(np.delete(by_row, 6, axis=0)).all()
 
 
+@pytest.mark.skipif(NAME == "tensorflow", reason="its walk does not combine")
+def test_nobodys_slots_give_no_slope():
+    """The token that fills them may have any gradient; an assignment without expert has none."""
+    carry, padding = backend.current().carry, backend.current().row_padding(3, 1)
+    assignment = np.array([0, 1, 3] + [3] * padding, "int32")
+    slot_of = np.array([0, 1, 3 + padding], "int32")
+    slots = Slots(*map(ops.convert_to_tensor, (assignment, slot_of)))
+    ends = ops.convert_to_tensor(np.array([2], "int32"))
+    direction = np.ones((3, 4), "float32")
+    direction[0] = np.inf
+    direction = ops.convert_to_tensor(direction)
+
+    def objective(tensors):
+        tokens, weights, kernel = tensors
+        outputs = carry(tokens, weights, slots, ends, [Stage((kernel,), (), None)])
+        return ops.sum(outputs * direction)
+
+    tensors = [ops.ones(shape, dtype="float32") for shape in ((3, 4), (3, 1), (1, 4, 4))]
+    tokens, weights, _ = map(ops.convert_to_numpy, gradients_of(objective, tensors))
+    assert not np.isfinite(weights[0])
+    np.testing.assert_array_equal(weights[1:], [[16], [0]])
+    np.testing.assert_array_equal(tokens[1:], [[4] * 4, [0] * 4])
+
+
 def test_half_precision_adds_up_in_float32():
     """4,096 rows whose slopes are 1: a sum of ones in bfloat16 is 256."""
     rows, ends = np.ones((4096, 8), "float32"), np.array([4096], "int32")

@@ -1,4 +1,4 @@
-"""Grouped feed-forward layers on PyTorch: per layer, one matmul for each expert.
+"""Dropless dispatch on PyTorch: gather, per layer one matmul for each expert, combine.
 
 Eager PyTorch has no static shapes to keep: each expert multiplies exactly its own rows, and nothing
 is padded. The loop has a backward pass of its own, since autograd would make a gradient as large as
@@ -59,7 +59,7 @@ def carry(
             rows = rows * stage.scale
     if stages[-1].activation is not None:  # which need not be 0 at 0
         rows = _with_zero_tail(rows, bounds)
-    return _Combine.apply(rows, weights, slots.assignment, token_of, slot_of)
+    return _Combine.apply(rows, weights, slots.assignment, token_of, slot_of, bounds[-1][1])
 
 
 class _Gather(torch.autograd.Function):
@@ -87,8 +87,10 @@ class _Combine(torch.autograd.Function):
         assignment: Tensor,
         token_of: Tensor,
         slot_of: Tensor,
+        used: int,
     ) -> Tensor:
         ctx.save_for_backward(outputs, weights, assignment, token_of, slot_of)
+        ctx.used = used
         return _sums(outputs, slot_of, weights)
 
     @staticmethod
@@ -97,9 +99,10 @@ class _Combine(torch.autograd.Function):
         wide = torch.promote_types(outputs.dtype, torch.float32)
         by_slot = upstream.index_select(0, token_of)
         slope = torch.linalg.vecdot(outputs.to(wide), by_slot.to(wide))
+        slope[ctx.used :] = 0  # nobody's slots, whatever the token that fills them has
         weight_of = weights.t().reshape(-1)[assignment.clamp(max=slot_of.numel() - 1)]
         by_outputs = by_slot.mul_(weight_of[:, None])
-        return by_outputs, slope[slot_of].t().to(weights.dtype), None, None, None
+        return by_outputs, slope[slot_of].t().to(weights.dtype), None, None, None, None
 
 
 def _sums(rows: Tensor, slot_of: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -170,12 +173,8 @@ def _empty_with_zero_tail(rows: Tensor, width: int, bounds: list[tuple[int, int]
 
 
 def _with_zero_tail(rows: Tensor, bounds: list[tuple[int, int]]) -> Tensor:
-    end = bounds[-1][1]
-    return (
-        rows
-        if end == rows.shape[0]
-        else torch.nn.functional.pad(rows[:end], (0, 0, 0, rows.shape[0] - end))
-    )
+    spare = rows.shape[0] - bounds[-1][1]
+    return torch.nn.functional.pad(rows[: bounds[-1][1]], (0, 0, 0, spare)) if spare else rows
 
 
 def inverse_permutation(order: Tensor) -> Tensor:
