@@ -182,6 +182,17 @@ ROWS: tuple[Row, ...] = (
         [(2048, 256, 1024, experts, 2) for experts in (4, 8, 16, 32, 64, 128)],
     ),
     *_rows(
+        "parts",
+        "MoE, dropless, by parts / dense FFN",
+        "parts",
+        [
+            (8192, 256, 1024, 8, 2),
+            (2048, 256, 1024, 32, 2),
+            (2048, 512, 256, 64, 8),
+            (4096, 128, 64, 8, 2),
+        ],
+    ),
+    *_rows(
         "gpu",
         "MoE, dropless, sizes of language models / dense FFN",
         "feed_forward",

@@ -8,14 +8,16 @@ the whole bank for each expert that is indexed.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias
 
 import torch
 
 from keras_moe.dispatch.plan import Slots
 from keras_moe.dispatch.stages import Stage
 from keras_moe.types import Tensor
+
+Bounds: TypeAlias = list[tuple[int, int]]  # where each expert's rows begin and end
 
 
 def row_padding(total: int, num_experts: int) -> int:
@@ -46,34 +48,133 @@ def carry(
     # An assignment without an expert finds its zero in the last slot, which then has none either.
     slot_of = slots.slot_of.clamp(max=count * top_k - 1).view(top_k, count)
     token_of = slots.assignment % count
-    rows = _Gather.apply(tokens, token_of, slot_of)
     bounds = _bounds(ends)
-    for stage in stages:
-        biases = stage.biases or [None] * len(stage.kernels)
-        sums = [
-            _GroupedLinear.apply(rows, kernel, bias, bounds)
-            for kernel, bias in zip(stage.kernels, biases, strict=True)
-        ]
+    *inner, last = stages
+    is_linear = bool(inner) and last.activation is None and last.scale is None
+    rows, slots_of_tokens = tokens, (token_of, slot_of)
+    for stage in inner if is_linear else stages:
+        sums = _GroupedLinear.apply(
+            rows, bounds, len(stage.kernels), *slots_of_tokens, *stage.kernels, *stage.biases
+        )
         rows = sums[0] if stage.activation is None else stage.activation(*sums)
-        if stage.scale is not None:
-            rows = rows * stage.scale
-    if stages[-1].activation is not None:  # which need not be 0 at 0
+        rows = rows if stage.scale is None else rows * stage.scale
+        slots_of_tokens = ()
+    if is_linear:
+        bias = last.biases[0] if last.biases else None
+        return _LinearCombine.apply(
+            rows, last.kernels[0], bias, weights, slots.assignment, token_of, slot_of, bounds
+        )
+    if last.activation is not None:  # which need not be 0 at 0
         rows = _with_zero_tail(rows, bounds)
     return _Combine.apply(rows, weights, slots.assignment, token_of, slot_of, bounds[-1][1])
 
 
-class _Gather(torch.autograd.Function):
-    """The token of each slot; its gradient is a gather too, of each token's slots."""
+class _GroupedLinear(torch.autograd.Function):
+    """rows[start:end] @ kernel[e] + bias[e] for the bounds of each expert e; 0 past the last.
+
+    Of several kernels, one after another for the same rows. With `token_of` and `slot_of` the
+    inputs are tokens, and an expert's rows are gathered when it is their turn: all of them never
+    stand in memory, and what was gathered is still in the cache when it is multiplied.
+    """
 
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, token_of: Tensor, slot_of: Tensor) -> Tensor:
-        ctx.save_for_backward(slot_of)
-        return tokens.index_select(0, token_of)
+    def forward(
+        ctx: Any, inputs: Tensor, bounds: Bounds, count: int, *more: Tensor
+    ) -> tuple[Tensor, ...]:
+        """`more` is token_of and slot_of, or neither; the kernels; a bias for each, or none."""
+        slots, kernels, biases = _sorted_out(more, count)
+        ctx.save_for_backward(inputs, *more)
+        ctx.bounds, ctx.count = bounds, count
+        total = slots[0].shape[0] if slots else inputs.shape[0]
+        outputs = tuple(
+            _empty_with_zero_tail(inputs, total, kernel.shape[-1], bounds) for kernel in kernels
+        )
+        for expert, start, end in _busy(bounds):
+            rows = _rows(inputs, slots, start, end)
+            for index, kernel in enumerate(kernels):
+                bias = biases[index][expert] if biases else None
+                _linear(rows, kernel[expert], bias, outputs[index][start:end])
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, *more = ctx.saved_tensors
+        slots, kernels, biases = _sorted_out(more, ctx.count)
+        needs_inputs, needs_weights = ctx.needs_input_grad[0], any(ctx.needs_input_grad[3:])
+        upstream = tuple(each.contiguous() for each in upstream)
+        total = upstream[0].shape[0]
+        by_rows = _empty_with_zero_tail(inputs, total, inputs.shape[1], ctx.bounds)
+        by_kernels = [_zeros_where_idle(kernel, ctx.bounds) for kernel in kernels]
+        by_biases = [_zeros_where_idle(bias, ctx.bounds) for bias in biases]
+        for expert, start, end in _busy(ctx.bounds):
+            parts = [each[start:end] for each in upstream]
+            if needs_inputs:
+                for index, (part, kernel) in enumerate(zip(parts, kernels, strict=True)):
+                    # With beta 0, what stands there is ignored, even NaN.
+                    by_rows[start:end].addmm_(part, kernel[expert].T, beta=min(index, 1))
+            if needs_weights:
+                rows = _rows(inputs, slots, start, end)
+                for part, by_kernel in zip(parts, by_kernels, strict=True):
+                    torch.mm(rows.T, part, out=by_kernel[expert])
+                for part, by_bias in zip(parts, by_biases, strict=False):
+                    torch.sum(part, dim=0, out=by_bias[expert])
+        by_inputs = None
+        if needs_inputs:
+            by_inputs = _sums(by_rows, slots[1]) if slots else by_rows
+        return by_inputs, None, None, *[None] * len(slots), *by_kernels, *by_biases
+
+
+class _LinearCombine(torch.autograd.Function):
+    """A last layer that is linear, and each token's weighted sum over its slots.
+
+    Its outputs are not kept: the slope of a weight is
+    <h W + b, upstream> = <h, upstream W^T> + <b, upstream>, and the first factor is needed anyway.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        kernel: Tensor,
+        bias: Tensor | None,
+        weights: Tensor,
+        assignment: Tensor,
+        token_of: Tensor,
+        slot_of: Tensor,
+        bounds: Bounds,
+    ) -> Tensor:
+        ctx.save_for_backward(hidden, kernel, bias, weights, assignment, token_of, slot_of)
+        ctx.bounds = bounds
+        outputs = _empty_with_zero_tail(hidden, hidden.shape[0], kernel.shape[-1], bounds)
+        for expert, start, end in _busy(bounds):
+            own = None if bias is None else bias[expert]
+            _linear(hidden[start:end], kernel[expert], own, outputs[start:end])
+        return _sums(outputs, slot_of, weights)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        (slot_of,) = ctx.saved_tensors
-        return _sums(upstream.contiguous(), slot_of), None, None
+        hidden, kernel, bias, weights, assignment, token_of, slot_of = ctx.saved_tensors
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        weight_of = _by_slot(weights, assignment)
+        by_hidden = _empty_with_zero_tail(hidden, *hidden.shape, ctx.bounds)
+        by_kernel = _zeros_where_idle(kernel, ctx.bounds)
+        by_bias = None if bias is None else _zeros_where_idle(bias, ctx.bounds)
+        # 0 in nobody's slots, whatever the token that fills them has.
+        slope = hidden.new_zeros(hidden.shape[0], dtype=wide)
+        for expert, start, end in _busy(ctx.bounds):
+            rows, by_rows = hidden[start:end], by_hidden[start:end]
+            by_outputs = upstream.index_select(0, token_of[start:end])
+            torch.mm(by_outputs, kernel[expert].T, out=by_rows)
+            slope[start:end] = torch.linalg.vecdot(rows.to(wide), by_rows.to(wide))
+            if bias is not None:
+                slope[start:end] += by_outputs.to(wide) @ bias[expert].to(wide)
+            by_rows.mul_(weight_of[start:end])
+            by_outputs.mul_(weight_of[start:end])
+            torch.mm(rows.T, by_outputs, out=by_kernel[expert])
+            if by_bias is not None:
+                torch.sum(by_outputs, dim=0, out=by_bias[expert])
+        by_weights = slope[slot_of].t().to(weights.dtype)
+        return by_hidden, by_kernel, by_bias, by_weights, None, None, None, None
 
 
 class _Combine(torch.autograd.Function):
@@ -100,9 +201,33 @@ class _Combine(torch.autograd.Function):
         by_slot = upstream.index_select(0, token_of)
         slope = torch.linalg.vecdot(outputs.to(wide), by_slot.to(wide))
         slope[ctx.used :] = 0  # nobody's slots, whatever the token that fills them has
-        weight_of = weights.t().reshape(-1)[assignment.clamp(max=slot_of.numel() - 1)]
-        by_outputs = by_slot.mul_(weight_of[:, None])
+        by_outputs = by_slot.mul_(_by_slot(weights, assignment))
         return by_outputs, slope[slot_of].t().to(weights.dtype), None, None, None, None
+
+
+def _sorted_out(
+    more: Sequence[Tensor], count: int
+) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
+    """Tells the arguments of `_GroupedLinear` apart: slots are of integers."""
+    slots = [each for each in more[:2] if not each.is_floating_point()]
+    weights = more[len(slots) :]
+    return slots, weights[:count], weights[count:]
+
+
+def _rows(inputs: Tensor, slots: Sequence[Tensor], start: int, end: int) -> Tensor:
+    return inputs.index_select(0, slots[0][start:end]) if slots else inputs[start:end]
+
+
+def _linear(rows: Tensor, kernel: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    if bias is None:
+        torch.mm(rows, kernel, out=out)
+    else:
+        torch.addmm(bias, rows, kernel, out=out)
+
+
+def _by_slot(weights: Tensor, assignment: Tensor) -> Tensor:
+    """The weight of the assignment in each slot, `(S, 1)`; of an empty slot, some."""
+    return weights.t().reshape(-1)[assignment.clamp(max=weights.numel() - 1)][:, None]
 
 
 def _sums(rows: Tensor, slot_of: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -122,57 +247,34 @@ def _sums(rows: Tensor, slot_of: Tensor, weights: Tensor | None = None) -> Tenso
     return sums.to(rows.dtype)
 
 
-class _GroupedLinear(torch.autograd.Function):
-    """rows[start:end] @ kernel[e] + bias[e] for the bounds of each expert e; 0 past the last."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, rows: Tensor, kernel: Tensor, bias: Tensor | None, bounds: list[tuple[int, int]]
-    ) -> Tensor:
-        ctx.save_for_backward(rows, kernel)
-        ctx.bounds, ctx.has_bias = bounds, bias is not None
-        outputs = _empty_with_zero_tail(rows, kernel.shape[-1], bounds)
-        for expert, (start, end) in enumerate(bounds):
-            if start == end:
-                continue
-            part = outputs[start:end]
-            if bias is None:
-                torch.mm(rows[start:end], kernel[expert], out=part)
-            else:
-                torch.addmm(bias[expert], rows[start:end], kernel[expert], out=part)
-        return outputs
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        rows, kernel = ctx.saved_tensors
-        needs_rows, needs_kernel, needs_bias, _ = ctx.needs_input_grad
-        upstream = upstream.contiguous()
-        by_rows = _empty_with_zero_tail(rows, rows.shape[-1], ctx.bounds) if needs_rows else None
-        by_kernel = torch.empty_like(kernel) if needs_kernel else None
-        by_bias = kernel.new_empty(kernel.shape[0], kernel.shape[-1]) if needs_bias else None
-        for expert, (start, end) in enumerate(ctx.bounds):
-            part = upstream[start:end]
-            if by_rows is not None:
-                torch.mm(part, kernel[expert].T, out=by_rows[start:end])
-            if by_kernel is not None:
-                torch.mm(rows[start:end].T, part, out=by_kernel[expert])
-            if by_bias is not None:
-                torch.sum(part, dim=0, out=by_bias[expert])
-        return by_rows, by_kernel, by_bias, None
-
-
-def _bounds(ends: Tensor) -> list[tuple[int, int]]:
+def _bounds(ends: Tensor) -> Bounds:
     """Where each expert's rows begin and end, on the host."""
     return list(itertools.pairwise([0, *ends.tolist()]))
 
 
-def _empty_with_zero_tail(rows: Tensor, width: int, bounds: list[tuple[int, int]]) -> Tensor:
-    outputs = rows.new_empty(rows.shape[0], width)
-    outputs[bounds[-1][1] :] = 0
-    return outputs
+def _busy(bounds: Bounds) -> Iterator[tuple[int, int, int]]:
+    """The experts that have rows, and where those begin and end."""
+    for expert, (start, end) in enumerate(bounds):
+        if start < end:
+            yield expert, start, end
 
 
-def _with_zero_tail(rows: Tensor, bounds: list[tuple[int, int]]) -> Tensor:
+def _zeros_where_idle(weights: Tensor, bounds: Bounds) -> Tensor:
+    """Room for the gradient of a bank's weights, 0 for the experts that have no rows."""
+    slopes = torch.empty_like(weights)
+    for expert, (start, end) in enumerate(bounds):
+        if start == end:
+            slopes[expert] = 0
+    return slopes
+
+
+def _empty_with_zero_tail(like: Tensor, total: int, width: int, bounds: Bounds) -> Tensor:
+    rows = like.new_empty(total, width)
+    rows[bounds[-1][1] :] = 0
+    return rows
+
+
+def _with_zero_tail(rows: Tensor, bounds: Bounds) -> Tensor:
     spare = rows.shape[0] - bounds[-1][1]
     return torch.nn.functional.pad(rows[: bounds[-1][1]], (0, 0, 0, spare)) if spare else rows
 
@@ -187,7 +289,7 @@ def grouped_matmul(rows: Tensor, kernel: Tensor, ends: Tensor) -> Tensor:
     """PyTorch's own grouped matmul; our loop where it wants rows of whole 16 bytes."""
     widths = (kernel.shape[1], kernel.shape[2])
     if any(width * rows.element_size() % 16 for width in widths):
-        return _GroupedLinear.apply(rows, kernel, None, _bounds(ends))
+        return _GroupedLinear.apply(rows, _bounds(ends), 1, kernel)[0]
     return torch.nn.functional.grouped_mm(rows, kernel, offs=ends)
 
 
