@@ -1,7 +1,7 @@
-"""Where a sparse layer's time goes: the router alone, and the experts alone, each over a dense layer.
+"""The parts of a sparse layer, router and experts, each alone over a dense layer.
 
-The experts alone are a batched matmul on rows that are sorted already, as many for each expert: what
-no carrier built on that matmul can beat. What is left of the whole layer's time is sorting,
+The experts alone are a batched matmul on rows that are sorted already, as many for each expert: the
+floor of a carrier built on that matmul. What is left of the whole layer's time is sorting,
 gathering and summing.
 """
 

@@ -1,15 +1,19 @@
-"""Static slots per expert; what does not fit is dropped."""
+"""At most C assignments per expert; what does not fit is dropped."""
 
 import keras
 from keras import ops
 
+from keras_moe.dispatch import backend
+from keras_moe.dispatch.blocks import BlocksCarrier
 from keras_moe.dispatch.carrier import (
     Carrier,
     ExpertBank,
     bin_of_assignments,
 )
+from keras_moe.dispatch.costs import walk_beats_slots
 from keras_moe.dispatch.permute import combine, gather_tokens
-from keras_moe.dispatch.plan import capacity_slots, sort_into_bins
+from keras_moe.dispatch.plan import Bins, capacity_slots, sort_into_bins
+from keras_moe.dispatch.ragged import takes_groups
 from keras_moe.routing import Routing
 from keras_moe.types import Tensor
 
@@ -19,7 +23,8 @@ class CapacityCarrier(Carrier):
     """Gives every expert C slots per group, first choices first: E C rows whatever the routing.
 
     Costs capacity_factor times the chosen experts' FLOPs. An assignment past the C-th of its expert
-    is dropped and adds exactly 0 to its token.
+    is dropped and adds exactly 0 to its token. On a CPU, where many slots would stay empty, each
+    expert of a bank walks over the rows it keeps instead, as `BlocksCarrier` does.
     """
 
     name = "capacity"
@@ -39,9 +44,30 @@ class CapacityCarrier(Carrier):
             raise ValueError("The capacity carrier needs a `capacity_factor`. Received: None")
         num_experts = experts.num_experts
         bin_of = bin_of_assignments(routing, num_experts, groups)
-        slots = capacity_slots(sort_into_bins(bin_of, num_experts * groups), capacity)
+        bins = sort_into_bins(bin_of, num_experts * groups)
+        if self._walks(tokens, routing, experts, num_experts * groups * capacity):
+            kept = _kept_within(bins, capacity, routing)
+            return BlocksCarrier()(tokens, routing._replace(kept=kept), experts, training=training)
+        slots = capacity_slots(bins, capacity)
         rows = gather_tokens(tokens, slots, routing.experts.shape[-1])
         rows = ops.reshape(rows, (num_experts, groups * capacity, tokens.shape[-1]))
         outputs = experts(rows, training=training)
         outputs = ops.reshape(outputs, (num_experts * groups * capacity, outputs.shape[-1]))
         return combine(outputs, slots, routing.weights)
+
+    @staticmethod
+    def _walks(
+        tokens: Tensor, routing: Routing, experts: ExpertBank, num_slots: int | Tensor
+    ) -> bool:
+        """Whether the rows that are kept cost less one expert after another."""
+        module = backend.current()
+        if module is None or not takes_groups(experts) or not module.is_on_cpu(tokens):
+            return False
+        assigned = ops.shape(routing.experts)[0] * routing.experts.shape[-1]
+        return walk_beats_slots(assigned, num_slots)
+
+
+def _kept_within(bins: Bins, capacity: int | Tensor, routing: Routing) -> Tensor:
+    """The assignments that find a slot, bool `(N, k)`."""
+    fits = ops.reshape(bins.position < capacity, (routing.experts.shape[-1], -1))
+    return ops.logical_and(routing.kept, ops.transpose(fits))

@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import keras
 
+from keras_moe.types import Tensor
+
 
 class Platform(NamedTuple):
     """Costs of one expert besides its rows, in rows it could compute in the same time.
@@ -33,6 +35,8 @@ _PLATFORMS = {
 }
 # Portable Keras code: gathered weights, about four blocks of each expert.
 _PORTABLE = Platform(read=25.0, copy=160.0, waste=16.0, start=0.0, lookup=4.0, dispatch=0.1)
+# Slots per assignment from which on a walk over kept rows beats one batched matmul of all slots.
+_WALK_FROM = {"jax": 1.3, "tensorflow": 1.5, "torch": 0.0}
 _TILE = 64  # rows per tile of a grouped matmul kernel; half of one is wasted per expert
 
 
@@ -71,6 +75,19 @@ def dropless_costs(
     if is_bank and not training:
         costs["lookup"] = rows * (1 + platform.read + platform.lookup * rows)
     return costs
+
+
+def walk_beats_slots(assigned: int | Tensor, slots: int | Tensor) -> bool:
+    """Whether, on a CPU, a walk over what is kept costs less than all slots at once.
+
+    Args:
+        assigned: the k N assignments.
+        slots: the E C slots. Where either is unknown, many assignments fill them.
+    """
+    least = _WALK_FROM.get(keras.backend.backend(), float("inf"))
+    if isinstance(assigned, int) and isinstance(slots, int):
+        return slots >= least * assigned
+    return least <= 1.0
 
 
 def _expected_busy(num_tokens: int, num_experts: int, top_k: int) -> float:

@@ -33,7 +33,7 @@ class DispatchPlan(NamedTuple):
         carrier: the carrier's name.
         overhead: predicted time over that of a dense layer of the same active FLOPs (with few
             tokens: of reading the weights in use once); 1.0 is the limit. With a capacity, slots
-            over the k N assignments.
+            over the k N assignments, which is the most: on a CPU empty ones may be left out.
         reason: why this carrier, in one sentence.
     """
 

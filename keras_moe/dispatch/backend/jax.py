@@ -145,57 +145,32 @@ def _forward(
     return sums.astype(tokens.dtype), kept
 
 
+class _Tape(NamedTuple):
+    """What a backward walk reads, of all slots."""
+
+    activations: tuple[Callable[..., Tensor] | None, ...]
+    scales: Any
+    kept: Any  # what each activation was applied to
+    tokens: Tensor
+    upstream: Tensor  # by token
+    token_of: Tensor
+    weight_of: Tensor
+
+    @property
+    def wide(self) -> Any:
+        """The dtype that sums are taken in."""
+        return jnp.promote_types(self.tokens.dtype, jnp.float32)
+
+
 def _carry_backward(static: _Static, residuals: Any, cotangent: Tensor) -> Any:
     tokens, weights, layers, scales, slots, ends, kept = residuals
-    wide = jnp.promote_types(tokens.dtype, jnp.float32)
     token_of, weight_of = _assignments(slots, weights)
-
-    def block(size: int, expert: Any, at: Tensor, end: Tensor, carry: Any) -> Any:
-        (by_slot, by_weight, by_scales), slopes = carry
-        by_scales, slopes = list(by_scales), list(slopes)
-        is_own = (at + jnp.arange(size) < end)[:, None]
-
-        def own(rows: Tensor) -> Tensor:
-            return jnp.where(is_own, rows, 0)
-
-        token, weight = _read(token_of, at, size), own(_read(weight_of, at, size)[:, None])
-        inputs, pullbacks = [own(_take(tokens, token))], []
-        for activation, scale, sums in zip(static.activations, scales, kept, strict=False):
-            hidden, pullback = jax.vjp(
-                partial(_activated, activation),
-                tuple(own(_read(each, at, size)) for each in sums),
-                _read(scale, at, size),
-            )
-            inputs.append(hidden)
-            pullbacks.append(pullback)
-        # The slope of an assignment's weight is <output, upstream>. The output of a linear last
-        # layer is not kept: <h W + b, upstream> = <h, upstream W^T> + <b, upstream>.
-        unweighted = own(_take(cotangent, token))
-        upstream = (unweighted * weight).astype(tokens.dtype)
-        if len(pullbacks) == len(expert):
-            slope = jnp.sum(inputs.pop() * unweighted, -1, dtype=wide)
-        else:
-            (kernel,), biases = expert[-1]
-            by_input = jnp.matmul(unweighted, kernel.T)
-            slope = jnp.sum(inputs[-1] * by_input, -1, dtype=wide)
-            for bias in biases:
-                slope = slope + jnp.sum(unweighted * bias, -1, dtype=wide)
-            slopes[-1] = _added(slopes[-1], inputs.pop(), (upstream,), wide)
-            upstream = (by_input * weight).astype(tokens.dtype)
-        for index in reversed(range(len(pullbacks))):
-            by_sums, by_scale = pullbacks[index](upstream)
-            by_scales[index] = _write(by_scales[index], by_scale, at)
-            slopes[index] = _added(slopes[index], inputs.pop(), by_sums, wide)
-            kernels, _ = expert[index]
-            upstream = sum(
-                jnp.matmul(each, kernel.T) for each, kernel in zip(by_sums, kernels, strict=True)
-            )
-        by_slot, by_weight = _write((by_slot, by_weight), (upstream, slope), at)
-        return (by_slot, by_weight, by_scales), slopes
+    tape = _Tape(static.activations, scales, kept, tokens, cotangent, token_of, weight_of)
 
     def over_blocks(expert: Any, index: Tensor, begin: Tensor, end: Tensor, carry: Any) -> Any:
         by_row, by_layer = carry
-        slopes = jax.tree.map(lambda all_: jnp.zeros(all_.shape[1:], wide), by_layer)
+        slopes = jax.tree.map(lambda all_: jnp.zeros(all_.shape[1:], tape.wide), by_layer)
+        block = partial(_backward_block, tape)
         carry = _over_blocks(block, static.block_sizes, expert, begin, end, (by_row, slopes))
         by_row, slopes = carry
         return by_row, jax.tree.map(
@@ -208,14 +183,14 @@ def _carry_backward(static: _Static, residuals: Any, cotangent: Tensor) -> Any:
 
     by_row = (
         jnp.zeros((token_of.shape[0], tokens.shape[-1]), tokens.dtype),
-        jnp.zeros(token_of.shape, wide),
+        jnp.zeros(token_of.shape, tape.wide),
         jax.tree.map(jnp.zeros_like, scales),
     )
     by_layer = jax.tree.map(jnp.zeros_like, layers)
     (by_slot, by_weight, by_scales), by_layer = _over_experts(
         over_blocks, ends, layers, (by_row, by_layer)
     )
-    by_tokens = sum(chosen.astype(wide) for chosen in _by_choice(by_slot, slots, weights))
+    by_tokens = sum(chosen.astype(tape.wide) for chosen in _by_choice(by_slot, slots, weights))
     by_weights = jnp.stack(list(_by_choice(by_weight, slots, weights)), axis=-1)
     return (
         by_tokens.astype(tokens.dtype),
@@ -225,6 +200,56 @@ def _carry_backward(static: _Static, residuals: Any, cotangent: Tensor) -> Any:
         None,
         None,
     )
+
+
+def _backward_block(
+    tape: _Tape, size: int, expert: Any, at: Tensor, end: Tensor, carry: Any
+) -> Any:
+    """The gradients of one block of an expert's rows; rows past its end count as 0."""
+    (by_slot, by_weight, by_scales), slopes = carry
+    by_scales, slopes = list(by_scales), list(slopes)
+    is_own = (at + jnp.arange(size) < end)[:, None]
+
+    def own(rows: Tensor) -> Tensor:
+        return jnp.where(is_own, rows, 0)
+
+    token = _read(tape.token_of, at, size)
+    weight = own(_read(tape.weight_of, at, size)[:, None])
+    unweighted = own(_take(tape.upstream, token))
+    # What went into each layer, and out of the last one if that is activated.
+    inputs, pullbacks = [own(_take(tape.tokens, token))], []
+    for activation, scale, sums in zip(tape.activations, tape.scales, tape.kept, strict=False):
+        own_sums = tuple(own(_read(each, at, size)) for each in sums)
+        hidden, pullback = jax.vjp(
+            partial(_activated, activation), own_sums, _read(scale, at, size)
+        )
+        inputs.append(hidden)
+        pullbacks.append(pullback)
+
+    if len(pullbacks) == len(expert):
+        upstream = unweighted
+        slope = jnp.sum(inputs.pop() * unweighted, -1, dtype=tape.wide)
+    else:
+        # The slope of an assignment's weight is <output, upstream>. The output of a linear last
+        # layer is not kept: <h W + b, upstream> = <h, upstream W^T> + <b, upstream>.
+        (kernel,), biases = expert[-1]
+        upstream = jnp.matmul(unweighted, kernel.T)
+        slope = jnp.sum(inputs[-1] * upstream, -1, dtype=tape.wide)
+        for bias in biases:
+            slope = slope + jnp.sum(unweighted * bias, -1, dtype=tape.wide)
+        weighted = (unweighted * weight).astype(tape.tokens.dtype)
+        slopes[-1] = _added(slopes[-1], inputs.pop(), (weighted,), tape.wide)
+    upstream = (upstream * weight).astype(tape.tokens.dtype)
+    for index in reversed(range(len(pullbacks))):
+        by_sums, by_scale = pullbacks[index](upstream)
+        by_scales[index] = _write(by_scales[index], by_scale, at)
+        slopes[index] = _added(slopes[index], inputs.pop(), by_sums, tape.wide)
+        kernels, _ = expert[index]
+        upstream = sum(
+            jnp.matmul(each, kernel.T) for each, kernel in zip(by_sums, kernels, strict=True)
+        )
+    by_slot, by_weight = _write((by_slot, by_weight), (upstream, slope), at)
+    return (by_slot, by_weight, by_scales), slopes
 
 
 _carry.defvjp(_carry_forward, _carry_backward)

@@ -51,14 +51,14 @@ def carry(
     bounds = _bounds(ends)
     *inner, last = stages
     is_linear = bool(inner) and last.activation is None and last.scale is None
-    rows, slots_of_tokens = tokens, (token_of, slot_of)
+    rows, slots_of_tokens = tokens, [token_of, slot_of]
     for stage in inner if is_linear else stages:
         sums = _GroupedLinear.apply(
             rows, bounds, len(stage.kernels), *slots_of_tokens, *stage.kernels, *stage.biases
         )
         rows = sums[0] if stage.activation is None else stage.activation(*sums)
         rows = rows if stage.scale is None else rows * stage.scale
-        slots_of_tokens = ()
+        slots_of_tokens = []
     if is_linear:
         bias = last.biases[0] if last.biases else None
         return _LinearCombine.apply(
@@ -156,7 +156,7 @@ class _LinearCombine(torch.autograd.Function):
         hidden, kernel, bias, weights, assignment, token_of, slot_of = ctx.saved_tensors
         wide = torch.promote_types(hidden.dtype, torch.float32)
         weight_of = _by_slot(weights, assignment)
-        by_hidden = _empty_with_zero_tail(hidden, *hidden.shape, ctx.bounds)
+        by_hidden = _empty_with_zero_tail(hidden, hidden.shape[0], hidden.shape[1], ctx.bounds)
         by_kernel = _zeros_where_idle(kernel, ctx.bounds)
         by_bias = None if bias is None else _zeros_where_idle(bias, ctx.bounds)
         # 0 in nobody's slots, whatever the token that fills them has.

@@ -1,0 +1,81 @@
+"""Capacity both ways, in slots and as a walk over what is kept: the same drops and gradients."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_moe import layers
+from keras_moe.dispatch import backend, costs
+from keras_moe.dispatch.blocks import BlocksCarrier
+from tests import helpers
+
+SLOTS, WALK = float("inf"), 0.0
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """How often the walk was taken."""
+    calls = []
+    call = BlocksCarrier.__call__
+
+    def spy(self, *args, **kwargs):
+        calls.append(self.name)
+        return call(self, *args, **kwargs)
+
+    monkeypatch.setattr(BlocksCarrier, "__call__", spy)
+    return calls
+
+
+def prefer(monkeypatch, least):
+    monkeypatch.setitem(costs._WALK_FROM, keras.backend.backend(), least)
+
+
+@pytest.mark.parametrize("experts", ["mlp", "glu"])
+@pytest.mark.parametrize("group", ["batch", "example"])
+@pytest.mark.parametrize("factor", [0.3, 0.7, 2.0])
+def test_both_ways_agree(monkeypatch, taken, factor, group, experts):
+    layer = layers.MoE(5, 7, top_k=2, capacity_factor=factor, capacity_group=group, experts=experts)
+    layer.build((None, None, 4))
+    helpers.randomize_weights(layer)
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(3, 50, 4)).astype("float32")
+    mask = rng.random(size=(3, 50)) < 0.8
+    cotangent = rng.normal(size=x.shape).astype("float32")
+    results = []
+    for least in (SLOTS, WALK):
+        prefer(monkeypatch, least)
+        (outputs, routing), losses, gradients = helpers.values_and_gradients(
+            layer, x, cotangent, lambda result: result[0], mask=mask, return_routing=True
+        )
+        results.append((routing.kept, {"outputs": outputs, "losses": losses, **gradients}))
+        assert bool(taken) == (least == WALK)
+    (kept_in_slots, in_slots), (kept_by_walk, by_walk) = results
+    np.testing.assert_array_equal(kept_by_walk, kept_in_slots)
+    assert factor >= 2.0 or not kept_in_slots[mask].all()  # something was dropped
+    helpers.assert_all_close(by_walk, in_slots)
+
+
+@pytest.mark.parametrize(
+    ("factor", "experts"), [(4.0, None), (1.0, None), (4.0, keras.layers.Dense(4))]
+)
+def test_which_way_is_taken(taken, factor, experts):
+    """Where most slots would stay empty a bank walks; Keras layers, of unknown cost, never do."""
+    arguments = {"hidden_dim": 8} if experts is None else {"experts": experts}
+    layers.MoE(8, capacity_factor=factor, **arguments)(ops.ones((64, 4)))
+    walks = experts is None and (factor == 4.0 or keras.backend.backend() == "torch")
+    assert bool(taken) == walks
+
+
+def test_an_accelerator_takes_slots(monkeypatch, taken):
+    monkeypatch.setattr(backend.current(), "is_on_cpu", lambda tensor: False)
+    layers.MoE(8, 8, capacity_factor=4.0)(ops.ones((64, 4)))
+    assert not taken
+
+
+def test_by_hand(monkeypatch):
+    monkeypatch.setitem(costs._WALK_FROM, keras.backend.backend(), 1.5)
+    assert not costs.walk_beats_slots(100, 149)
+    assert costs.walk_beats_slots(100, 150)
+    unknown = ops.shape(ops.ones((3,)))[0] + ops.ones((), dtype="int32")
+    assert not costs.walk_beats_slots(unknown, unknown)
