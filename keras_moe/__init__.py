@@ -5,6 +5,7 @@ from typing import Any
 
 # All that registers a Keras class is imported here: saved models load after `import keras_moe`.
 from keras_moe import callbacks, dispatch, layers, models, routers
+from keras_moe.recording import record_routing
 from keras_moe.routing import GateRouting, Routing, SoftRouting
 from keras_moe.version import __version__
 
@@ -17,12 +18,14 @@ __all__ = [
     "dispatch",
     "layers",
     "models",
+    "plots",
+    "record_routing",
     "routers",
     "tuning",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "tuning":  # what only a search needs
-        return import_module("keras_moe.tuning")
+    if name in ("plots", "tuning"):  # what only a picture or a search needs
+        return import_module(f"keras_moe.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

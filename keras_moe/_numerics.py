@@ -15,6 +15,11 @@ def softmax(logits: Tensor, axis: int = -1) -> Tensor:
     return exponentials / ops.sum(exponentials, axis=axis, keepdims=True)
 
 
+def normal_cdf(z: Tensor) -> Tensor:
+    """The chance that a standard normal number is below z."""
+    return 0.5 * (1.0 + ops.erf(z * 0.5**0.5))
+
+
 def entropy(logits: Tensor) -> Tensor:
     """Entropy in nats of softmax(logits) over the last axis."""
     log_p = ops.log_softmax(logits, axis=-1)

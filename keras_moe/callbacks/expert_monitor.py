@@ -1,22 +1,26 @@
-"""Whether the experts live, in the progress bar and in the history."""
+"""Whether the experts live: in the progress bar, in the history, in files, and as alarms."""
 
-from collections import Counter
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 
 from keras_moe import _checks
-
-Counts = dict[str, Any]
+from keras_moe._mixtures import mixture_layers, unique_names
+from keras_moe.callbacks.alarms import ExpertAlarm, alarms
+from keras_moe.callbacks.health import BY_DEFAULT, NAMES, Counts, difference, health
+from keras_moe.callbacks.writers import CsvWriter, JsonWriter, TensorBoardWriter, Writer
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
 class ExpertMonitor(keras.callbacks.Callback):
-    """Shows two or three scalars per mixture layer in `fit`'s progress bar and in `history`.
+    """Shows how each mixture layer does in `fit`, and warns where its experts do not live.
 
     For each layer that counts (`MoE`, `SwitchFFN`, `SoftMoE`, `MMoE`, at any depth of the model),
-    over the epoch so far, padding excluded:
+    over the epoch so far, padding excluded. By default in the progress bar and in `history`:
 
     - `{layer}/load_cv`: standard deviation of the experts' load, assignments before drops, over its
       mean. 0 is perfect balance, sqrt(E - 1) one expert taking everything. Where all experts take
@@ -27,9 +31,33 @@ class ExpertMonitor(keras.callbacks.Callback):
     - `{layer}/entropy`: mean entropy of the router in nats, between 0 and log(E); for `SoftMoE`
       over its slots, for `MMoE` the mean over tasks.
 
+    On request, in `metrics`, and always in files:
+
+    - `max_violation`: largest load over the mean, minus 1.
+    - `used_experts`: exp(entropy of the experts' shares of the load), E at perfect balance.
+    - `dead_experts`: how many experts get less than 1 % of their share.
+    - `effective_experts`: exp(`entropy`), between how many experts the router wavers.
+    - `confidence`: mean of the router's largest probability, for sparse layers.
+
+    At the end of an epoch a warning of category `ExpertAlarm` says what is wrong and what to try,
+    once per layer and kind in a `fit`: dead experts, a collapse to few of them, a saturated router,
+    many drops, gates that take one expert alone.
+
     Args:
         every: Positive integer, the batches between two looks at the counts. A look waits for the
             device, so a large model on an accelerator wants 10 or more. Defaults to `1`.
+        metrics: Names of what is shown, or `"all"`. Defaults to `None`, for the first three.
+        alarms: Whether to warn. Defaults to `True`.
+        csv: Optional path of a file with a line per epoch and a column per number. Defaults to
+            `None`.
+        json: Optional path of a file with a JSON object per line and epoch, which holds all that
+            was counted, per expert, too. Defaults to `None`.
+        log_dir: Optional folder for an event file of TensorBoard, which is written without
+            TensorFlow. Defaults to `None`.
+
+    Raises:
+        ValueError: on an unknown metric.
+        ImportError: in `fit`, with a `log_dir` and no tensorboard.
 
     Example:
 
@@ -42,38 +70,88 @@ class ExpertMonitor(keras.callbacks.Callback):
     ... )
     >>> sorted(history.history)
     ['loss', 'moe/entropy', 'moe/load_cv']
+
+    Reference:
+        Wang et al. 2024, "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts",
+        equation 4 (max violation).
     """
 
-    def __init__(self, every: int = 1) -> None:
+    def __init__(
+        self,
+        every: int = 1,
+        *,
+        metrics: str | Sequence[str] | None = None,
+        alarms: bool = True,
+        csv: str | Path | None = None,
+        json: str | Path | None = None,
+        log_dir: str | Path | None = None,
+    ) -> None:
         super().__init__()
         self.every = _checks.positive_int("every", every)
+        self.metrics = _metric_names(metrics)
+        self.alarms = bool(alarms)
+        self.csv, self.json, self.log_dir = csv, json, log_dir
         self._layers: list[Any] = []
         self._before: list[Counts] = []
         self._latest: dict[str, float] = {}
+        self._raised: set[tuple[str, str]] = set()
+        self._writers: list[Writer] = []
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        self._raised = set()
+        paths = ((self.csv, CsvWriter), (self.json, JsonWriter), (self.log_dir, TensorBoardWriter))
+        self._writers = [make(Path(path)) for path, make in paths if path is not None]
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        self._layers = counting_layers(self.model)
+        self._layers = mixture_layers(self.model)
         self._before = self._read()
         self._latest = {}
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         if (batch + 1) % self.every == 0:
-            self._look()
+            self._latest = self._scalars(self._new(), self.metrics)
         if logs is not None:
             logs.update(self._latest)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        self._look()
+        new = self._new()
+        self._latest = self._scalars(new, self.metrics)
         if logs is not None:
             logs.update(self._latest)
+        if self._writers:
+            details = {
+                name: {key: np.asarray(value).tolist() for key, value in counts.items()}
+                for name, _, counts in new
+            }
+            for writer in self._writers:
+                writer.write(epoch, self._scalars(new, NAMES), details)
+        if self.alarms:
+            for name, layer, counts in new:
+                self._warn(name, layer, counts, epoch)
 
-    def _look(self) -> None:
-        self._latest = {
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        for writer in self._writers:
+            writer.close()
+        self._writers = []
+
+    def _warn(self, name: str, layer: Any, counts: Counts, epoch: int) -> None:
+        for kind, message in alarms(layer, counts):
+            if (name, kind) not in self._raised:
+                self._raised.add((name, kind))
+                warnings.warn(f"{name}, epoch {epoch + 1}: {message}", ExpertAlarm, stacklevel=2)
+
+    def _new(self) -> list[tuple[str, Any, Counts]]:
+        """By layer, what was counted in this epoch."""
+        read = zip(unique_names(self._layers), self._read(), self._before, strict=True)
+        return [(name, layer, difference(now, before)) for (name, layer), now, before in read]
+
+    @staticmethod
+    def _scalars(new: Sequence[tuple[str, Any, Counts]], wanted: Sequence[str]) -> dict[str, float]:
+        return {
             f"{name}/{key}": value
-            for (name, layer), now, before in zip(
-                unique_names(self._layers), self._read(), self._before, strict=True
-            )
-            for key, value in health(now, before, getattr(layer, "capacity_factor", None)).items()
+            for name, layer, counts in new
+            for key, value in health(counts, _has_capacity(layer)).items()
+            if key in wanted
         }
 
     def _read(self) -> list[Counts]:
@@ -82,40 +160,24 @@ class ExpertMonitor(keras.callbacks.Callback):
         return [layer.running_counts() for layer in self._layers]
 
     def get_config(self) -> dict[str, Any]:
-        return {"every": self.every}
+        paths = {"csv": self.csv, "json": self.json, "log_dir": self.log_dir}
+        return {
+            "every": self.every,
+            "metrics": list(self.metrics),
+            "alarms": self.alarms,
+            **{name: None if path is None else str(path) for name, path in paths.items()},
+        }
 
 
-def counting_layers(model: Any) -> list[Any]:
-    """All layers of a model, nested ones too, that keep running counts."""
-    return [
-        layer
-        for layer in model._flatten_layers(include_self=False)
-        if callable(getattr(layer, "running_counts", None)) and layer.built
-    ]
+def _metric_names(metrics: str | Sequence[str] | None) -> tuple[str, ...]:
+    if metrics is None or metrics == "all":
+        return BY_DEFAULT if metrics is None else NAMES
+    names = (metrics,) if isinstance(metrics, str) else tuple(metrics)
+    return tuple(_checks.one_of("metrics", name, NAMES) for name in names)
 
 
-def unique_names(layers: list[Any]) -> list[tuple[str, Any]]:
-    """Names the layers by their own name: "moe", then "moe#2" for a second "moe"."""
-    seen: Counter[str] = Counter()
-    named = []
-    for layer in layers:
-        seen[layer.name] += 1
-        count = seen[layer.name]
-        named.append((layer.name if count == 1 else f"{layer.name}#{count}", layer))
-    return named
-
-
-def health(now: Counts, before: Counts, capacity_factor: float | None) -> dict[str, float]:
-    """The scalars of what was counted between two reads."""
-    new = {key: np.asarray(now[key] - before[key]) for key in now}
-    measure = "load" if "load" in new else "importance"
-    amounts = np.atleast_2d(new[measure])
-    mean = np.maximum(amounts.mean(axis=-1), 1e-12)
-    values = {f"{measure}_cv": float((amounts.std(axis=-1) / mean).mean())}
-    if capacity_factor is not None:
-        values["dropped"] = float(new["dropped"] / max(float(new["assignments"]), 1.0))
-    values["entropy"] = float((new["entropy"] / max(float(new["decisions"]), 1.0)).mean())
-    return values
+def _has_capacity(layer: Any) -> bool:
+    return getattr(layer, "capacity_factor", None) is not None
 
 
 def _nothing() -> None:

@@ -5,6 +5,7 @@ from keras_moe.dispatch.capacity import CapacityCarrier
 from keras_moe.dispatch.carrier import Carrier
 from keras_moe.dispatch.dense import DenseCarrier
 from keras_moe.dispatch.einsum import EinsumCarrier
+from keras_moe.dispatch.expert_choice import ExpertChoiceCarrier
 from keras_moe.dispatch.grouped import GroupedCarrier
 from keras_moe.dispatch.lookup import LookupCarrier
 from keras_moe.dispatch.planner import DispatchPlan
@@ -17,6 +18,7 @@ __all__ = [
     "DenseCarrier",
     "DispatchPlan",
     "EinsumCarrier",
+    "ExpertChoiceCarrier",
     "GroupedCarrier",
     "LookupCarrier",
     "Stage",

@@ -67,6 +67,35 @@ class CapacityCarrier(Carrier):
         return walk_beats_slots(assigned, num_slots)
 
 
+def kept_by_priority(
+    routing: Routing,
+    priority: Tensor,
+    num_experts: int,
+    capacity: int | Tensor,
+    groups: int | Tensor = 1,
+) -> Tensor:
+    """The assignments that find a slot where tokens are not served in the order they stand in.
+
+    Args:
+        routing: the record of a router, `(N, k)`.
+        priority: `(N,)`, larger first; of equal ones, the earlier token.
+        num_experts: the number of experts E.
+        capacity: slots per expert and group.
+        groups: capacity groups of equal size that the tokens fall in, in order.
+
+    Returns:
+        bool `(N, k)`. All first choices still come before all second ones.
+    """
+    by_choice = (routing.experts.shape[-1], -1)
+    bin_of = ops.reshape(bin_of_assignments(routing, num_experts, groups), by_choice)
+    order = ops.cast(ops.argsort(-ops.stop_gradient(priority)), "int32")
+    served = ops.reshape(ops.take(bin_of, order, axis=1), (-1,))
+    bins = sort_into_bins(served, num_experts * groups)
+    fits = ops.reshape(bins.position < capacity, by_choice)
+    fits = ops.take(fits, ops.argsort(order), axis=1)
+    return ops.logical_and(routing.kept, ops.transpose(fits))
+
+
 def _kept_within(bins: Bins, capacity: int | Tensor, routing: Routing) -> Tensor:
     """The assignments that find a slot, bool `(N, k)`."""
     fits = ops.reshape(bins.position < capacity, (routing.experts.shape[-1], -1))

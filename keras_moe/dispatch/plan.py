@@ -70,6 +70,7 @@ def sort_into_bins(bin_of: Tensor, num_bins: int | Tensor) -> Bins:
         bin_of: int32 `(A,)`, the bin of each assignment, `num_bins` for none.
         num_bins: how many bins there are.
     """
+    bin_of = getattr(backend.current(), "computed_once", _itself)(bin_of)
     total = ops.shape(bin_of)[0]
     sorted_bins, order = _sort(bin_of, total, num_bins)
     edges = ops.cast(
@@ -77,6 +78,10 @@ def sort_into_bins(bin_of: Tensor, num_bins: int | Tensor) -> Bins:
         "int32",
     )
     return Bins(order, _inverse(order, total), edges, bin_of)
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _inverse(order: Tensor, total: int | Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from keras_moe.dispatch.capacity import CapacityCarrier
 from keras_moe.dispatch.carrier import Carrier
 from keras_moe.dispatch.costs import least_cost
 from keras_moe.dispatch.einsum import EinsumCarrier
+from keras_moe.dispatch.expert_choice import ExpertChoiceCarrier
 
 CARRIERS: dict[str, type[Carrier]] = {
     **DROPLESS,
@@ -22,6 +23,7 @@ _WHY = {
     "lookup": "few tokens: the weights are taken to them",
     "dense": "all experts on all tokens in one matmul",
     "capacity": "a capacity is set: {rows:.0f} slots in all",
+    "expert_choice": "experts choose their tokens: {rows:.0f} slots in all",
     "einsum": "a capacity is set: {rows:.0f} slots in all, and a mask of tokens x slots",
 }
 
@@ -42,12 +44,23 @@ class DispatchPlan(NamedTuple):
     reason: str
 
 
-def get(dispatch: Any, *, has_capacity: bool) -> Carrier:
+def get(dispatch: Any, *, has_capacity: bool, chooses_tokens: bool = False) -> Carrier:
     """Returns the carrier for `dispatch`, a name, a config or a carrier; "auto" chooses.
+
+    Args:
+        dispatch: the layer's argument.
+        has_capacity: whether there is a capacity factor.
+        chooses_tokens: whether experts choose tokens, which one carrier does.
 
     Raises:
         ValueError: on an unknown name, or where capacity and carrier contradict each other.
     """
+    if chooses_tokens:
+        if dispatch != "auto":
+            _checks.fail(
+                "`dispatch` must be 'auto' where experts choose their tokens.", dispatch=dispatch
+            )
+        return ExpertChoiceCarrier()
     if dispatch == "auto":
         return CapacityCarrier() if has_capacity else AutoCarrier()
     if isinstance(dispatch, str):
@@ -98,6 +111,6 @@ def plan(
         cost = costs.get(name, float("nan"))
         least = least_cost(num_tokens, num_experts, top_k)
     reason = _WHY.get(name, "a carrier of yours").format(rows=cost)
-    if not isinstance(carrier, AutoCarrier | CapacityCarrier):
+    if not isinstance(carrier, AutoCarrier | CapacityCarrier | ExpertChoiceCarrier):
         reason = f"asked for; {reason}"
     return DispatchPlan(name, cost / least, reason)

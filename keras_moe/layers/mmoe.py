@@ -235,10 +235,13 @@ class MMoE(RematerializesExperts):
         outputs = [
             ops.reshape(mixed[:, task], (*token_axes, units)) for task in range(self.num_tasks)
         ]
-        if not return_routing:
+        if not return_routing and self._recorder is None:
             return self._by_task(outputs)
         axes = (*token_axes, self.num_tasks, self.num_experts)
-        return self._by_task(outputs), GateRouting(*(ops.reshape(part, axes) for part in routing))
+        record = GateRouting(*(ops.reshape(part, axes) for part in routing))
+        if self._recorder is not None:
+            self._recorder(record)
+        return (self._by_task(outputs), record) if return_routing else self._by_task(outputs)
 
     def _by_task(self, outputs: list[Tensor]) -> list[Tensor] | dict[str, Tensor]:
         if isinstance(self.tasks, int):

@@ -6,8 +6,9 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_moe import _checks, _numerics, routers
+from keras_moe import _checks, routers
 from keras_moe.dispatch import Carrier, DispatchPlan, planner
+from keras_moe.dispatch.capacity import kept_by_priority
 from keras_moe.dispatch.ragged import takes_groups
 from keras_moe.layers.experts import ExpertMLP
 from keras_moe.layers.feed_forward import (
@@ -30,6 +31,7 @@ from keras_moe.types import (
 
 _LEVELS = ("token", "example")
 _GROUPS = ("batch", "example")
+_TOTALS = ("assignments", "dropped", "decisions", "entropy", "confidence")  # as counted
 _ROUNDING = 1e-6  # 1.1 * 10 / 11 must give one slot, not two
 
 
@@ -48,9 +50,12 @@ class MoE(ExpertFeedForward):
         hidden_dim: Positive integer, the hidden width h of each expert. Only `None` where `experts`
             are Keras layers. Defaults to `None`.
         top_k: Integer between 1 and `num_experts`, the experts per token k. Ignored by routers that
-            fix it: "switch" (1), "dense" (all), or a `Router` object. Defaults to `2`.
-        router: `"top_k"`, `"switch"`, `"dense"`, a config or a `keras_moe.routers.Router`, which
-            then brings its own loss coefficients. Defaults to `"top_k"`.
+            fix it: "switch" (1), "dense" and "uniform" (all), or a `Router` object. Defaults to
+            `2`.
+        router: `"top_k"`, `"switch"`, `"noisy_top_k"`, `"batch_priority"`, `"sigmoid_bias"`,
+            `"sinkhorn"`, `"expert_choice"`, `"relu"`, `"dselect_k"`, `"dense"`, `"hash"`,
+            `"random"`, `"uniform"`, a config or a `keras_moe.routers.Router`, which then brings its
+            own loss coefficients. Defaults to `"top_k"`.
         experts: `"mlp"`, `"glu"` (gated hidden layer), a bank such as `ExpertMLP`, a Keras layer
             that is copied E times, the config of one of these, or a list of E Keras layers; what
             the layer does not build itself takes none of the arguments below that describe
@@ -67,9 +72,11 @@ class MoE(ExpertFeedForward):
         activation: Activation of the experts' hidden layer. Defaults to `"gelu"`.
         use_bias: Whether experts have biases. The router has none. Defaults to `True`.
         dropout: Float in [0, 1), dropout after the experts' hidden layer. Defaults to `0.0`.
-        balance_weight: Coefficient of the balance loss, which is 1 at perfect balance. Defaults to
-            `0.01` (Switch).
-        z_loss_weight: Coefficient of the router z-loss. Defaults to `0.001` (ST-MoE).
+        balance_weight: Coefficient of the balance loss, which is 1 at perfect balance, of a named
+            router; None for the router's own, 0.01 (Switch) unless it balances otherwise. Defaults
+            to `None`.
+        z_loss_weight: Coefficient of the router z-loss of a named router; None for the router's
+            own, 0.001 (ST-MoE) or, where its paper has none, 0. Defaults to `None`.
         routing_level: `"token"`: each token is routed on its own; `"example"`: one decision per
             example, from the mean of its unmasked tokens. Defaults to `"token"`.
         capacity_group: `"batch"` or `"example"`: whether tokens compete for slots in the whole
@@ -135,8 +142,8 @@ class MoE(ExpertFeedForward):
         activation: Activation = "gelu",
         use_bias: bool = True,
         dropout: float = 0.0,
-        balance_weight: float = 0.01,
-        z_loss_weight: float = 0.001,
+        balance_weight: float | None = None,
+        z_loss_weight: float | None = None,
         routing_level: str = "token",
         capacity_group: str = "batch",
         dispatch: Any = "auto",
@@ -219,7 +226,16 @@ class MoE(ExpertFeedForward):
         self._top_k_argument = top_k
         self.top_k = self.router.top_k
         self._dispatch_argument = dispatch
-        self.carrier: Carrier = planner.get(dispatch, has_capacity=self.capacity_factor is not None)
+        if self.router.chooses_tokens and routing_level == "example":
+            _checks.fail(
+                "`routing_level` must be 'token' where experts choose their tokens.",
+                routing_level=routing_level,
+            )
+        self.carrier: Carrier = planner.get(
+            dispatch,
+            has_capacity=self.capacity_factor is not None,
+            chooses_tokens=self.router.chooses_tokens,
+        )
         self.shared_experts: ExpertMLP | None = None
 
     def build(self, input_shape: Any) -> None:
@@ -232,7 +248,7 @@ class MoE(ExpertFeedForward):
             self.shared_experts = self._mlp(self.num_shared_experts, output_dim, "shared_experts")
             self.shared_experts.build((1, None, width))
         self._load = RunningSums(self, "load", (self.num_experts,))
-        self._totals = RunningSums(self, "totals", (4,))  # see `_count`
+        self._totals = RunningSums(self, "totals", (len(_TOTALS),))
 
     # === The forward pass ===
 
@@ -255,17 +271,21 @@ class MoE(ExpertFeedForward):
                 self.add_loss(weight * decision.losses[name])
 
         outputs, kept = self._carry(tokens, routing, token_axes, training)
-        routing = routing._replace(kept=kept)
         if training:
-            self._count(decision, routing, token_mask)
+            asked = kept if self.router.chooses_tokens else routing.kept
+            self._count(decision, asked, kept)
+        routing = routing._replace(kept=kept)
         if self.shared_experts is not None:
             shared = self.shared_experts(ops.expand_dims(tokens, 0), training=training)
             outputs = outputs + ops.sum(shared, axis=0)
         outputs = ops.cast(zero_where_padded(outputs, token_mask), self.compute_dtype)
         outputs = ops.reshape(outputs, (*token_axes, outputs.shape[-1]))
-        if not return_routing:
+        if not return_routing and self._recorder is None:
             return outputs
-        return outputs, self._returned_routing(decision, routing, token_axes)
+        record = self._returned_routing(decision, routing, token_axes)
+        if self._recorder is not None:
+            self._recorder(record)
+        return (outputs, record) if return_routing else outputs
 
     def _route(
         self, tokens: Tensor, mask: Tensor | None, token_axes: Any, training: bool | None
@@ -303,6 +323,10 @@ class MoE(ExpertFeedForward):
         """Returns the experts' weighted sums and the kept assignments."""
         capacity = self._capacity(token_axes, training)
         groups = token_axes[0] if self.capacity_group == "example" else 1
+        priority = None if capacity is None else self.router.priority(routing)
+        if priority is not None:
+            kept = kept_by_priority(routing, priority, self.num_experts, capacity, groups)
+            routing = routing._replace(kept=kept)  # now all fit, in any order
 
         # Of numbers with gradients only, as all backends can recompute it.
         def carry(tokens: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -324,11 +348,13 @@ class MoE(ExpertFeedForward):
         factor = self.capacity_factor
         if not training and self.eval_capacity_factor is not None:
             factor = self.eval_capacity_factor
+        if factor is None and self.router.chooses_tokens:
+            factor = 1.0
         if factor is None:
             return None
         axes = token_axes if self.capacity_group == "batch" else token_axes[1:]
         count = math.prod(axes)
-        slots_per_token = factor * self.top_k / self.num_experts
+        slots_per_token = factor * self.router.experts_per_token / self.num_experts
         if isinstance(count, int):
             return min(math.ceil(slots_per_token * count - _ROUNDING), count)
         slots = ops.ceil(slots_per_token * ops.cast(count, "float64") - _ROUNDING)
@@ -350,18 +376,24 @@ class MoE(ExpertFeedForward):
 
     # === What is seen ===
 
-    def _count(self, decision: Routing, routing: Routing, token_mask: Tensor | None) -> None:
-        entropy = _numerics.entropy(decision.logits)
+    def _count(self, decision: Routing, asked: Tensor, kept: Tensor) -> None:
+        if decision.logits.shape[0] == 0:  # torch has no maximum of nothing
+            return
+        log_p = ops.log_softmax(decision.logits, axis=-1)
+        p = ops.exp(log_p)
+        entropy = -ops.sum(p * log_p, axis=-1)
         # A token that is not finite has no entropy: it is left out of the mean.
         is_decided = ops.logical_and(ops.any(decision.kept, axis=-1), ops.isfinite(entropy))
-        decided = ops.cast(is_decided, "float32")
-        asked = ops.cast(ops.shape(routing.experts)[0] * self.top_k, "float32")
-        if token_mask is not None:
-            asked = ops.sum(ops.cast(token_mask, "float32")) * self.top_k
-        dropped = asked - ops.sum(ops.cast(routing.kept, "float32"))
-        entropy = ops.where(is_decided, entropy, ops.zeros_like(entropy))
+        assignments = ops.sum(ops.cast(asked, "float32"))
+        totals = (
+            assignments,
+            assignments - ops.sum(ops.cast(kept, "float32")),
+            ops.sum(ops.cast(is_decided, "float32")),
+            ops.sum(ops.where(is_decided, entropy, 0.0)),
+            ops.sum(ops.where(is_decided, ops.max(p, axis=-1), 0.0)),
+        )
         self._load.add(decision.load)
-        self._totals.add(ops.stack([asked, dropped, ops.sum(decided), ops.sum(entropy)]))
+        self._totals.add(ops.stack(totals))
 
     def running_counts(self) -> dict[str, Any]:
         """What was counted in training since the last reset.
@@ -369,12 +401,11 @@ class MoE(ExpertFeedForward):
         Returns:
             A dict of float64 arrays, padding excluded: `load (E,)`, the router's assignments per
             expert before drops; `assignments` and `dropped`, of the tokens; `decisions` of the
-            router (tokens, or examples at that routing level); `entropy`, the sum over decisions
-            of the router's entropy in nats.
+            router (tokens, or examples at that routing level); `entropy` and `confidence`, the sums
+            over decisions of the router's entropy in nats and of its largest probability.
         """
         check_built(self)
-        names = ("assignments", "dropped", "decisions", "entropy")
-        return {"load": self._load.read(), **dict(zip(names, self._totals.read(), strict=True))}
+        return {"load": self._load.read(), **dict(zip(_TOTALS, self._totals.read(), strict=True))}
 
     def reset_running_counts(self) -> None:
         """Starts the running counts again from 0."""
@@ -395,7 +426,7 @@ class MoE(ExpertFeedForward):
             self.carrier,
             count,
             self.num_experts,
-            self.top_k,
+            self.router.experts_per_token,
             slots=0 if capacity is None else capacity * self.num_experts,
             is_bank=self.experts is None or takes_groups(self.experts),
             dtype=self.compute_dtype,

@@ -195,6 +195,8 @@ class SoftMoE(ExpertFeedForward):
         outputs = ops.cast(zero_where_padded(outputs, token_mask), self.compute_dtype)
         if training:
             self._count(routing, token_mask)
+        if self._recorder is not None:
+            self._recorder(routing)
         outputs = ops.reshape(outputs, (*token_axes, outputs.shape[-1]))
         return (outputs, routing) if return_routing else outputs
 

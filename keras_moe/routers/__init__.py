@@ -1,19 +1,37 @@
 """Who decides: the rules that send tokens to experts, and the gates of tasks."""
 
 from keras_moe.routers.base import Router
+from keras_moe.routers.batch_priority import BatchPriorityRouter
 from keras_moe.routers.dense import DenseRouter
+from keras_moe.routers.dselect_k import DSelectKRouter
+from keras_moe.routers.expert_choice import ExpertChoiceRouter
+from keras_moe.routers.hash import HashRouter, RandomRouter, UniformRouter
+from keras_moe.routers.noisy_top_k import NoisyTopKRouter
 from keras_moe.routers.registry import get
+from keras_moe.routers.relu import ReLURouter
+from keras_moe.routers.sigmoid_bias import SigmoidBiasRouter
+from keras_moe.routers.sinkhorn import SinkhornRouter
 from keras_moe.routers.soft import SoftRouter
 from keras_moe.routers.softmax_gate import SoftmaxGate
 from keras_moe.routers.switch import SwitchRouter
 from keras_moe.routers.top_k import TopKRouter
 
 __all__ = [
+    "BatchPriorityRouter",
+    "DSelectKRouter",
     "DenseRouter",
+    "ExpertChoiceRouter",
+    "HashRouter",
+    "NoisyTopKRouter",
+    "RandomRouter",
+    "ReLURouter",
     "Router",
+    "SigmoidBiasRouter",
+    "SinkhornRouter",
     "SoftRouter",
     "SoftmaxGate",
     "SwitchRouter",
     "TopKRouter",
+    "UniformRouter",
     "get",
 ]

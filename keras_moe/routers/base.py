@@ -42,6 +42,9 @@ class Router(keras.layers.Layer):
         A `keras_moe.Routing` of shape `(N, k)`.
     """
 
+    draws_noise = False  # in training, besides the jitter
+    chooses_tokens = False  # experts choose tokens, up to their capacity, and not the other way
+
     def __init__(
         self,
         num_experts: int,
@@ -60,6 +63,7 @@ class Router(keras.layers.Layer):
         super().__init__(**kwargs)
         self.num_experts = _checks.positive_int("num_experts", num_experts)
         self.top_k = _checks.int_between("top_k", top_k, 1, self.num_experts, "num_experts")
+        self.experts_per_token = self.top_k  # that are computed, on average
         self.jitter = _checks.rate("jitter", jitter)
         self.balance_weight = _checks.non_negative("balance_weight", balance_weight)
         self.z_loss_weight = _checks.non_negative("z_loss_weight", z_loss_weight)
@@ -71,7 +75,8 @@ class Router(keras.layers.Layer):
         self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
         self.kernel_constraint = keras.constraints.get(kernel_constraint)
         self.seed = _checks.optional(_checks.integer, "seed", seed)
-        self.seed_generator = keras.random.SeedGenerator(seed) if self.jitter else None
+        has_noise = self.jitter or self.draws_noise
+        self.seed_generator = keras.random.SeedGenerator(seed) if has_noise else None
         self.supports_masking = True
 
     @property
@@ -89,6 +94,10 @@ class Router(keras.layers.Layer):
             constraint=self.kernel_constraint,
         )
 
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """The share of each expert in the balance loss, `(N, E)`: softmax of the logits."""
+        return softmax(logits)
+
     def choose(self, logits: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the chosen experts, int32 `(N, k)`, and their weights, float32 `(N, k)`.
 
@@ -98,13 +107,44 @@ class Router(keras.layers.Layer):
         """
         raise NotImplementedError(f"{type(self).__name__} must implement `choose`.")
 
+    def priority(self, routing: Routing) -> Tensor | None:
+        """Whose assignments get the slots of an expert first: a number per token `(N,)`, larger
+        ones first; None for the order in which the tokens stand."""
+        del routing
+        return None
+
     def call(
         self, inputs: Tensor, mask: Tensor | None = None, training: bool | None = None
     ) -> Routing:
         logits = ops.matmul(self._jittered(inputs) if training else inputs, self.kernel)
-        probabilities = softmax(logits)
+        probabilities = self.probabilities(logits)
         experts, weights = self.choose(logits, probabilities)
-        kept = ops.ones_like(experts, dtype="bool")
+        return self.record(experts, weights, logits, probabilities, mask)
+
+    def record(
+        self,
+        experts: Tensor,
+        weights: Tensor,
+        logits: Tensor,
+        probabilities: Tensor,
+        mask: Tensor | None,
+        *,
+        is_chosen: Tensor | None = None,
+        more_losses: dict[str, Tensor] | None = None,
+    ) -> Routing:
+        """The `Routing` of a decision, with padding left out, the load, and the losses.
+
+        Args:
+            experts: int32 `(N, k)`, distinct in each row.
+            weights: float32 `(N, k)`.
+            logits: float32 `(N, E)`.
+            probabilities: float32 `(N, E)`, the shares in the balance loss.
+            mask: bool `(N,)`, False at padding, or None.
+            is_chosen: bool `(N, k)`, False where a token takes fewer than k experts. Defaults to
+                `None`, for all.
+            more_losses: the losses beside "balance" and "z_loss" that `loss_weights` names.
+        """
+        kept = ops.ones_like(experts, dtype="bool") if is_chosen is None else is_chosen
         if mask is not None:
             kept = ops.logical_and(kept, ops.expand_dims(mask, -1))
         load = ops.segment_sum(
@@ -121,6 +161,7 @@ class Router(keras.layers.Layer):
             losses={
                 "balance": losses.balance_loss(probabilities, load, self.top_k, mask),
                 "z_loss": losses.z_loss(logits, mask),
+                **(more_losses or {}),
             },
         )
 
@@ -147,7 +188,7 @@ class Router(keras.layers.Layer):
 
     def _jittered(self, tokens: Tensor) -> Tensor:
         """Multiplies by U(1 - jitter, 1 + jitter), Switch Transformers section 2.2 and its code."""
-        if self.seed_generator is None:
+        if not self.jitter:
             return tokens
         noise = keras.random.uniform(
             ops.shape(tokens),

@@ -6,16 +6,34 @@ import keras
 
 from keras_moe import _checks
 from keras_moe.routers.base import Router
+from keras_moe.routers.batch_priority import BatchPriorityRouter
 from keras_moe.routers.dense import DenseRouter
+from keras_moe.routers.dselect_k import DSelectKRouter
+from keras_moe.routers.expert_choice import ExpertChoiceRouter
+from keras_moe.routers.hash import HashRouter, RandomRouter, UniformRouter
+from keras_moe.routers.noisy_top_k import NoisyTopKRouter
+from keras_moe.routers.relu import ReLURouter
+from keras_moe.routers.sigmoid_bias import SigmoidBiasRouter
+from keras_moe.routers.sinkhorn import SinkhornRouter
 from keras_moe.routers.switch import SwitchRouter
 from keras_moe.routers.top_k import TopKRouter
 
 _ROUTERS: dict[str, type[Router]] = {
+    "batch_priority": BatchPriorityRouter,
     "dense": DenseRouter,
+    "dselect_k": DSelectKRouter,
+    "expert_choice": ExpertChoiceRouter,
+    "hash": HashRouter,
+    "noisy_top_k": NoisyTopKRouter,
+    "random": RandomRouter,
+    "relu": ReLURouter,
+    "sigmoid_bias": SigmoidBiasRouter,
+    "sinkhorn": SinkhornRouter,
     "switch": SwitchRouter,
     "top_k": TopKRouter,
+    "uniform": UniformRouter,
 }
-_FIXED_TOP_K = {"dense", "switch"}
+_FIXED_TOP_K = {"dense", "switch", "uniform"}
 
 
 def get(
@@ -23,19 +41,21 @@ def get(
     *,
     num_experts: int,
     top_k: int,
-    balance_weight: float,
-    z_loss_weight: float,
+    balance_weight: float | None = None,
+    z_loss_weight: float | None = None,
     seed: int | None = None,
     **kwargs: Any,
 ) -> Router:
     """Returns a router: a named one made with the arguments, or the object or config as it is.
 
     Args:
-        router: a name ("top_k", "switch", "dense"), a serialized config or a `Router`.
+        router: a name, a serialized config or a `Router`.
         num_experts: the experts to choose from; an object must agree.
         top_k: experts per token, for rules that do not fix it themselves.
-        balance_weight: coefficient of the balance loss.
-        z_loss_weight: coefficient of the router z-loss.
+        balance_weight: coefficient of the balance loss; None for the rule's own. Rules that balance
+            in another way have no such loss. Defaults to `None`.
+        z_loss_weight: coefficient of the router z-loss; None for the rule's own. Defaults to
+            `None`.
         seed: seed of the router's noise. Defaults to `None`.
         **kwargs: passed to a named router's constructor.
 
@@ -46,13 +66,9 @@ def get(
         _checks.one_of("router", router, _ROUTERS)
         if router not in _FIXED_TOP_K:
             kwargs["top_k"] = top_k
-        return _ROUTERS[router](
-            num_experts,
-            balance_weight=balance_weight,
-            z_loss_weight=z_loss_weight,
-            seed=seed,
-            **kwargs,
-        )
+        coefficients = {"balance_weight": balance_weight, "z_loss_weight": z_loss_weight}
+        kwargs |= {name: each for name, each in coefficients.items() if each is not None}
+        return _ROUTERS[router](num_experts, seed=seed, **kwargs)
     if isinstance(router, dict):
         router = keras.saving.deserialize_keras_object(router)
     if not isinstance(router, Router):

@@ -1,4 +1,4 @@
-"""Choosing the k best experts, the same ones on every backend."""
+"""Choosing the k best experts, the same ones on every backend, and what they weigh."""
 
 from keras import ops
 
@@ -37,3 +37,19 @@ def select_top_k(scores: Tensor, top_k: int) -> Tensor:
         taken = ops.equal(experts, best)
         remaining = ops.where(taken, ops.full_like(remaining, -float("inf")), remaining)
     return ops.stack(chosen, axis=-1)
+
+
+def scaled_to_one(weights: Tensor) -> Tensor:
+    """Divides non-negative weights by their sum over the last axis; all 0 where all are.
+
+    A bound and not a constant added to the sum: with one, small weights would sum to less than 1
+    and a router could lower its losses by lowering all of its scores (Megatron).
+    """
+    return weights / ops.maximum(ops.sum(weights, axis=-1, keepdims=True), 1e-20)
+
+
+def spread(weights: Tensor, experts: Tensor, num_experts: int) -> Tensor:
+    """The weights of the chosen experts `(N, k)` among all, `(N, E)`: 0 for the others."""
+    is_chosen = ops.equal(ops.expand_dims(experts, -1), ops.arange(num_experts, dtype="int32"))
+    weights = ops.expand_dims(weights, -1)
+    return ops.sum(ops.where(is_chosen, weights, ops.zeros_like(weights)), axis=1)

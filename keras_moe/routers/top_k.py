@@ -1,28 +1,35 @@
-"""Softmax top-k routing, the rule of Mixtral and most sparse Transformers."""
+"""Top-k routing, the rule of Mixtral and most sparse Transformers."""
 
 from typing import Any
 
 import keras
 from keras import ops
 
+from keras_moe import _checks
 from keras_moe.routers.base import Router
-from keras_moe.routers.selection import select_top_k
+from keras_moe.routers.selection import scaled_to_one, select_top_k
 from keras_moe.types import Config, Tensor
+
+SCORES = ("softmax", "sigmoid")
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
 class TopKRouter(Router):
-    """Each token goes to its k most probable experts.
+    """Each token goes to its k experts of highest score.
 
-    p = softmax(x W); experts = the k largest p; weight_j = p_j, divided by the sum of the k chosen
-    where `normalize` is set. With k = 1 the weight stays p, since a renormalised top-1 weight is
-    the constant 1 and the router would get no gradient from the task.
+    s = score(x W); experts = the k largest s; weight_j = s_j, divided by the sum of the k chosen
+    where `normalize` is set. A softmax over the k chosen logits, "softmax after top-k", is the same
+    as a softmax over all that is normalised. With k = 1 the weight stays s, since a renormalised
+    top-1 weight is the constant 1 and the router would get no gradient from the task.
 
     Args:
         num_experts: Positive integer, the experts E to choose from.
         top_k: Integer between 1 and `num_experts`. Defaults to `2`.
-        normalize: Whether the weights of the chosen experts sum to 1 (Mixtral); if not, they keep
-            their share of the softmax over all experts (Qwen3, OLMoE). Defaults to `True`.
+        normalize: Whether the weights of the chosen experts sum to 1 (Mixtral, GPT-OSS); if not,
+            they keep their score (Qwen-MoE, OLMoE, V-MoE; Llama 4 with sigmoid). Defaults to
+            `True`.
+        score: `"softmax"`, over all experts, or `"sigmoid"`, each expert's own. The balance loss
+            then takes each expert's share of a token's scores. Defaults to `"softmax"`.
         **kwargs: Arguments of `Router`: `jitter`, `balance_weight`, `z_loss_weight`,
             `kernel_initializer`, `kernel_regularizer`, `kernel_constraint`, `seed`.
 
@@ -34,21 +41,35 @@ class TopKRouter(Router):
     ... )
 
     Reference:
-        Jiang et al. 2024, "Mixtral of Experts", section 2.1.
+        Jiang et al. 2024, "Mixtral of Experts", section 2.1; DeepSeek-AI 2024, "DeepSeek-V3",
+        section 2.1.2 (sigmoid).
     """
 
     def __init__(
-        self, num_experts: int, top_k: int = 2, *, normalize: bool = True, **kwargs: Any
+        self,
+        num_experts: int,
+        top_k: int = 2,
+        *,
+        normalize: bool = True,
+        score: str = "softmax",
+        **kwargs: Any,
     ) -> None:
         super().__init__(num_experts, top_k, **kwargs)
         self.normalize = bool(normalize)
+        self.score = _checks.one_of("score", score, SCORES)
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        if self.score == "softmax":
+            return super().probabilities(logits)
+        return scaled_to_one(ops.sigmoid(logits))
 
     def choose(self, logits: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
         experts = select_top_k(logits, self.top_k)
-        weights = ops.take_along_axis(probabilities, experts, axis=-1)
+        scores = probabilities if self.score == "softmax" else ops.sigmoid(logits)
+        weights = ops.take_along_axis(scores, experts, axis=-1)
         if self.normalize and self.top_k > 1:
-            weights = weights / ops.sum(weights, axis=-1, keepdims=True)
+            weights = scaled_to_one(weights)
         return experts, weights
 
     def get_config(self) -> Config:
-        return {**super().get_config(), "normalize": self.normalize}
+        return {**super().get_config(), "normalize": self.normalize, "score": self.score}

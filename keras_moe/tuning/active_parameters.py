@@ -50,5 +50,7 @@ def _collect(layer: keras.layers.Layer, share: Fraction, active: dict[int, Fract
         active[id(weight)] = max(size, active.get(id(weight), Fraction(0)))
     for sublayer in layer._flatten_layers(include_self=False, recursive=False):
         is_sparse = isinstance(layer, layers.MoE) and sublayer is layer.experts
-        chosen = Fraction(layer.top_k, layer.num_experts) if is_sparse else Fraction(1)
+        chosen = Fraction(1)
+        if is_sparse:
+            chosen = Fraction(layer.router.experts_per_token, layer.num_experts)
         _collect(sublayer, share * chosen, active)

@@ -73,7 +73,10 @@ def _moe_flops(layer: layers.MoE, inputs: Any, **_: Any) -> int:
     every_expert = keras.KerasTensor((layer.num_experts, tokens, width), layer.compute_dtype)
     # Experts that differ count as their mean.
     flops += round(
-        Fraction(layer_flops(layer.experts, every_expert) * layer.top_k, layer.num_experts)
+        Fraction(
+            layer_flops(layer.experts, every_expert) * layer.router.experts_per_token,
+            layer.num_experts,
+        )
     )
     if layer.shared_experts is not None:
         shared = keras.KerasTensor((1, tokens, width), layer.compute_dtype)

@@ -1,10 +1,17 @@
 """`ExpertMonitor` shows true numbers in the progress bar and the history, on every backend."""
 
+import csv
+import json
+import subprocess
+import sys
+
 import keras
 import numpy as np
 import pytest
 
 from keras_moe import callbacks, layers, routers
+from keras_moe.callbacks.alarms import alarms as find_alarms
+from keras_moe.callbacks.health import NAMES
 
 
 def fit(*mixtures, x=None, monitor=None, epochs=2, **arguments):
@@ -57,7 +64,7 @@ def test_values_when_one_expert_takes_everything():
     """The router always picks expert 0: load CV is sqrt(E - 1), and all but C tokens drop."""
     kernel = np.zeros((6, 4), "float32")
     kernel[:, 0] = 50.0
-    x = np.abs(np.random.default_rng(0).normal(size=(24, 6)).astype("float32")) + 1.0
+    x = np.abs(np.random.default_rng(0).normal(size=(96, 6)).astype("float32")) + 1.0
     router = routers.SwitchRouter(
         4,
         jitter=0.0,
@@ -65,10 +72,21 @@ def test_values_when_one_expert_takes_everything():
     )
     layer = layers.MoE(4, 8, router=router, capacity_factor=1.0, name="moe")
     layer.router.trainable = False
-    history = fit(layer, x=x)
+    with pytest.warns(callbacks.ExpertAlarm) as warned:
+        history = fit(layer, x=x, monitor=callbacks.ExpertMonitor(metrics="all"))
     np.testing.assert_allclose(history["moe/load_cv"], np.sqrt(3), rtol=1e-6)
     np.testing.assert_allclose(history["moe/dropped"], 0.75, rtol=1e-6)
     np.testing.assert_allclose(history["moe/entropy"], 0.0, atol=1e-6)
+    np.testing.assert_allclose(history["moe/max_violation"], 3.0, rtol=1e-6)
+    np.testing.assert_allclose(history["moe/used_experts"], 1.0, rtol=1e-6)
+    np.testing.assert_allclose(history["moe/dead_experts"], 3.0)
+    np.testing.assert_allclose(history["moe/effective_experts"], 1.0, rtol=1e-6)
+    np.testing.assert_allclose(history["moe/confidence"], 1.0, rtol=1e-6)
+    messages = [str(each.message) for each in warned if each.category is callbacks.ExpertAlarm]
+    assert [message.split(":")[0] for message in messages] == 3 * ["moe, epoch 1"]  # not again
+    assert "3 of 4 experts get less than 1 % of their share: [1, 2, 3]. Try" in messages[0]
+    assert "The router is all but sure of every token (entropy 0.000 of 1.39 nats)" in messages[1]
+    assert "75 % of the assignments are dropped. Try a larger `capacity_factor`" in messages[2]
 
 
 def test_each_epoch_starts_anew():
@@ -149,3 +167,95 @@ def test_running_sums_are_exact_past_float32(total):
         layer.sums.add(np.array([1.0, float("nan")]))
     assert layer.sums.read()[0] == total
     assert layer.sums.read()[1] == total - left
+
+
+def counted(load, decisions=100.0, entropy=100.0, **more):
+    load = np.array(load, float)
+    zeros = {"assignments": load.sum(), "dropped": 0.0, "confidence": 50.0}
+    return {"load": load, "decisions": decisions, "entropy": entropy, **zeros, **more}
+
+
+def kinds(counts, layer=None):
+    return [alarm.kind for alarm in find_alarms(layer, counts)]
+
+
+def test_alarms_by_hand():
+    assert kinds(counted([25, 25, 25, 25])) == []
+    assert kinds(counted([70, 20, 6, 4])) == []
+    assert kinds(counted([94, 2, 2, 2])) == ["collapse"]
+    assert kinds(counted([50, 49.9, 0.1, 0])) == ["dead"]
+    assert kinds(counted([25, 25, 25, 25], entropy=0.5)) == ["saturation"]
+    assert kinds(counted([0, 0], decisions=0.0)) == []
+    assert kinds(counted([20, 0, 0], decisions=20.0)) == []  # too few to say
+    assert kinds(counted([100], entropy=0.0)) == []
+    dropping = layers.MoE(4, 8, capacity_factor=1.0)
+    assert kinds(counted([25, 25, 25, 25], dropped=11.0), dropping) == ["drops"]
+    assert kinds(counted([25, 25, 25, 25], dropped=9.0), dropping) == []
+
+
+def test_a_polarised_gate_is_named():
+    layer = layers.MMoE(3, [4], ["click", "like"])
+    gates = np.array([[95.0, 3.0, 2.0], [30.0, 30.0, 40.0]])
+    counts = {"importance": gates, "decisions": 100.0, "entropy": np.array([20.0, 100.0])}
+    (alarm,) = find_alarms(layer, counts)
+    assert alarm.kind == "polarisation"
+    assert "Gates that take one expert alone: 'click' (expert 0)." in alarm.message
+
+
+def test_files_hold_every_number(tmp_path):
+    monitor = callbacks.ExpertMonitor(
+        csv=tmp_path / "a" / "experts.csv", json=tmp_path / "experts.jsonl", log_dir=tmp_path / "tb"
+    )
+    history = fit(
+        layers.MoE(4, 8, name="moe"), layers.MMoE(4, [6], 3, name="tasks"), monitor=monitor
+    )
+    with (tmp_path / "a" / "experts.csv").open() as file:
+        table = list(csv.DictReader(file))
+    lines = [json.loads(line) for line in (tmp_path / "experts.jsonl").read_text().splitlines()]
+    (events,) = (tmp_path / "tb").iterdir()
+    written = read_events(events)
+    assert [row["epoch"] for row in table] == ["0", "1"]
+    assert [line["epoch"] for line in lines] == [0, 1]
+    names = {f"moe/{name}" for name in NAMES if name not in ("importance_cv", "dropped")}
+    assert names < set(table[0]) and names < set(lines[0]) and names < set(written[0])
+    assert "tasks/importance_cv" in table[0]
+    for epoch in range(2):
+        for name in ("moe/load_cv", "tasks/entropy"):
+            expected = history[name][epoch]
+            assert float(table[epoch][name]) == pytest.approx(expected, rel=1e-9)
+            assert lines[epoch][name] == pytest.approx(expected, rel=1e-9)
+            assert written[epoch][name] == pytest.approx(expected, rel=1e-6)
+    assert sum(lines[0]["counts"]["moe"]["load"]) == 48
+    assert np.shape(lines[0]["counts"]["tasks"]["importance"]) == (3, 4)
+
+
+def read_events(path):
+    """Scalars by epoch, by TensorBoard's own reader."""
+    from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+    from tensorboard.compat.proto.event_pb2 import Event
+
+    events = [Event.FromString(raw) for raw in RawEventFileLoader(str(path)).Load()]
+    assert events[0].file_version == "brain.Event:2"
+    return {e.step: {v.tag: v.simple_value for v in e.summary.value} for e in events[1:]}
+
+
+def test_tensorboard_is_written_without_tensorflow(tmp_path):
+    """`keras.callbacks.TensorBoard` imports TensorFlow on every backend."""
+    if keras.backend.backend() == "tensorflow":
+        pytest.skip("TensorFlow is the backend")
+    code = (
+        "import sys; from pathlib import Path; from keras_moe.callbacks.writers import *;"
+        f"writer = TensorBoardWriter(Path({str(tmp_path)!r}));"
+        "writer.write(0, {'a': 1.0}, {}); writer.close();"
+        "assert 'tensorflow' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_monitor_comes_back_from_its_config():
+    monitor = callbacks.ExpertMonitor(every=3, metrics=["max_violation"], alarms=False, csv="a.csv")
+    again = callbacks.ExpertMonitor(**monitor.get_config())
+    assert again.get_config() == monitor.get_config()
+    assert again.metrics == ("max_violation",)
+    with pytest.raises(ValueError, match=r"`metrics` must be one of .* Received: metrics='cv'"):
+        callbacks.ExpertMonitor(metrics=["cv"])

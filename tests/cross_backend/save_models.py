@@ -10,7 +10,7 @@ import keras
 import numpy as np
 from inputs import ROWS_OF_IDS, inputs_of
 
-from keras_moe import layers, models
+from keras_moe import layers, models, routers
 
 WIDTH = 6
 
@@ -25,6 +25,17 @@ def mixtures():
         "moe_example": layers.MoE(4, 8, routing_level="example"),
         "moe_template": layers.MoE(3, experts=keras.layers.Dense(WIDTH, activation="tanh")),
         "switch": layers.SwitchFFN(4, 8),
+        **{
+            f"moe_{name}": layers.MoE(5, 8, router=name)
+            for name in ("noisy_top_k", "sinkhorn", "relu", "dselect_k", "expert_choice", "hash")
+        },
+        "moe_sigmoid_bias": layers.MoE(
+            6,
+            8,
+            router=routers.SigmoidBiasRouter(
+                6, 2, num_groups=3, top_groups=2, bias_update_rate=0.1, routed_scale=2.5
+            ),
+        ),
         "soft": layers.SoftMoE(4, 8, slots_per_expert=2),
         "soft_glu": layers.SoftMoE(4, 8, experts="glu"),
         "mmoe": layers.MMoE(4, [8, WIDTH], tasks=["a", "b"], gate_dropout=0.1),

@@ -55,7 +55,7 @@ BAD = [
     # names
     (
         lambda: moe(router="topk"),
-        r"must be one of \['dense', 'switch', 'top_k'\]. Received: router",
+        r"must be one of \['batch_priority', 'dense', .*\]. Received: router='topk'",
     ),
     (lambda: moe(router=Dense(3)), "`router` must be one of .* or a `Router`"),
     (lambda: moe(router=routers.TopKRouter(5)), "must choose from num_experts=4 .*num_experts=5"),

@@ -67,6 +67,40 @@ CASES = {
     "moe_switch_dropless": Case(
         layers.MoE, {"num_experts": 4, "hidden_dim": 8, "router": "switch"}, 5, 2, 2, seeds=1
     ),
+    "moe_noisy_top_k": Case(
+        layers.MoE, {"num_experts": 4, "hidden_dim": 8, "router": "noisy_top_k"}, 6, 2, 2, seeds=1
+    ),
+    "moe_batch_priority": Case(
+        layers.MoE,
+        {"num_experts": 4, "hidden_dim": 8, "router": "batch_priority", "capacity_factor": 1.0},
+        5,
+        2,
+        losses=2,
+        seeds=1,
+        is_rowwise=False,
+        is_batchwise=False,
+    ),
+    "moe_sigmoid_bias": Case(
+        layers.MoE, {"num_experts": 4, "hidden_dim": 8, "router": "sigmoid_bias"}, 5, 3
+    ),
+    "moe_sinkhorn": Case(
+        layers.MoE, {"num_experts": 4, "hidden_dim": 8, "router": "sinkhorn"}, 5, 2
+    ),
+    "moe_relu": Case(
+        layers.MoE, {"num_experts": 4, "hidden_dim": 8, "router": "relu"}, 5, 3, losses=1
+    ),
+    "moe_expert_choice": Case(
+        layers.MoE,
+        {"num_experts": 4, "hidden_dim": 8, "router": "expert_choice", "capacity_factor": 1.0},
+        5,
+        2,
+        is_rowwise=False,
+        is_batchwise=False,
+    ),
+    "moe_dselect_k": Case(
+        layers.MoE, {"num_experts": 4, "hidden_dim": 8, "router": "dselect_k"}, 6, 2, losses=1
+    ),
+    "moe_hash": Case(layers.MoE, {"num_experts": 4, "hidden_dim": 8, "router": "hash"}, 4, 3),
     "moe_example_level": Case(
         layers.MoE,
         {"num_experts": 4, "hidden_dim": 8, "routing_level": "example"},

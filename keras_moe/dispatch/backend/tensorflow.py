@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 from keras import ops
+from tensorflow.compiler.tf2xla.python import xla
 
 from keras_moe.dispatch.stages import Stage
 from keras_moe.types import Tensor
@@ -414,6 +415,14 @@ def _write(at: Tensor, all_: Tensor, block: Tensor) -> Tensor:
 
 _ON_RANGES = (_ranges_forward, _ranges_backward)
 _ON_BLOCKS = (_blocks_forward, _blocks_backward)
+
+
+def computed_once(tensor: Tensor) -> Tensor:
+    """A tensor without gradient that XLA may not compute anew for each of its readers."""
+    if not _is_under_xla():
+        return tensor
+    (kept,) = xla.optimization_barrier(tensor)
+    return kept
 
 
 def is_on_cpu(tensor: Tensor) -> bool:

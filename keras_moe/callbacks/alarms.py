@@ -1,0 +1,94 @@
+"""What is wrong with a layer's experts, and what to try."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from keras_moe.callbacks.health import Counts, amounts_of, dead_experts, health, shares_of
+
+_ENOUGH = 20  # counts per expert: with fewer, chance alone leaves experts out
+_LEAST_USED = 0.5  # of the experts
+_SURE = 0.02  # of log(E)
+_DROPPED = 0.1
+_POLARISED = 0.9
+
+
+class ExpertAlarm(UserWarning):
+    """A mixture that does not do well, with what to try."""
+
+
+class Alarm(NamedTuple):
+    """One thing that is wrong.
+
+    Attributes:
+        kind: "dead", "collapse", "saturation", "drops" or "polarisation".
+        message: what was seen and what to try.
+    """
+
+    kind: str
+    message: str
+
+
+def alarms(layer: Any, counts: Counts) -> Iterator[Alarm]:
+    """What is wrong with a layer, from what it counted in some time, such as an epoch."""
+    measure, amounts = amounts_of(counts)
+    num_experts = amounts.shape[-1]
+    if num_experts == 1 or amounts.sum(axis=-1).min() < _ENOUGH * num_experts:
+        return
+    has_capacity = getattr(layer, "capacity_factor", None) is not None
+    values = health(counts, has_capacity)
+    balances = "a larger `balance_weight`, or `router='sigmoid_bias'`"
+    if dead := dead_experts(amounts):
+        named = f"{dead[:8]}{' ...' * (len(dead) > 8)}"
+        yield Alarm(
+            "dead",
+            f"{len(dead)} of {num_experts} experts get less than 1 % of their share: {named}. Try "
+            + (f"{balances}, a lower learning rate" if measure == "load" else "`gate_dropout=0.1`")
+            + ", or fewer experts.",
+        )
+    elif measure == "load" and values["used_experts"] < _LEAST_USED * num_experts:
+        yield Alarm(
+            "collapse",
+            f"The load is that of {values['used_experts']:.1f} experts of equal use, out of "
+            f"{num_experts}. Try {balances}, or a lower learning rate.",
+        )
+    if measure == "load" and values["entropy"] < _SURE * np.log(num_experts):
+        yield Alarm(
+            "saturation",
+            f"The router is all but sure of every token (entropy {values['entropy']:.3f} of "
+            f"{np.log(num_experts):.2f} nats): it learns little any more. Try a larger "
+            "`z_loss_weight`, `jitter`, or a lower learning rate.",
+        )
+    if values.get("dropped", 0.0) > _DROPPED:
+        yield Alarm(
+            "drops",
+            f"{100 * values['dropped']:.0f} % of the assignments are dropped. Try a larger "
+            f"`capacity_factor`, `capacity_factor=None`, or {balances}.",
+        )
+    yield from _polarised(layer, amounts)
+
+
+def _polarised(layer: Any, amounts: Any) -> Iterator[Alarm]:
+    """The tasks of a multi-gate layer that read one expert alone."""
+    if len(amounts) == 1:
+        return
+    shares = shares_of(amounts)
+    names = task_names(layer, len(amounts))
+    found = [
+        f"{names[task]!r} (expert {row.argmax()})"
+        for task, row in enumerate(shares)
+        if row.max() > _POLARISED
+    ]
+    if found:
+        yield Alarm(
+            "polarisation",
+            f"Gates that take one expert alone: {', '.join(found)}. Try `gate_dropout=0.1`, or a "
+            "lower learning rate of the gates.",
+        )
+
+
+def task_names(layer: Any, count: int) -> list[str]:
+    """What a layer's tasks are called; by number where they have no names."""
+    tasks = getattr(layer, "tasks", count)
+    return [str(task) for task in (range(count) if isinstance(tasks, int) else tasks)]

@@ -1,0 +1,77 @@
+"""Numbers that say how a layer's experts do, from what the layer has counted."""
+
+from typing import Any, TypeAlias
+
+import numpy as np
+
+Counts: TypeAlias = dict[str, Any]
+
+BY_DEFAULT = ("load_cv", "importance_cv", "dropped", "entropy")
+NAMES = (
+    *BY_DEFAULT,
+    "max_violation",
+    "used_experts",
+    "dead_experts",
+    "effective_experts",
+    "confidence",
+)
+_DEAD = 0.01  # of the mean: what an expert with less is called dead
+_TINY = 1e-12
+
+
+def health(counts: Counts, has_capacity: bool = False) -> dict[str, float]:
+    """The scalars of what a layer counted, those of `NAMES` that it has.
+
+    Args:
+        counts: what `running_counts()` gives, or the difference of two of them.
+        has_capacity: whether assignments can be dropped.
+
+    Returns:
+        Floats by name. Of `MMoE`, means over the tasks; its dead experts are those of every task.
+    """
+    measure, amounts = amounts_of(counts)
+    mean = np.maximum(amounts.mean(axis=-1), _TINY)
+    entropy = np.asarray(counts["entropy"]) / max(float(counts["decisions"]), 1.0)
+    values = {
+        f"{measure}_cv": (amounts.std(axis=-1) / mean).mean(),
+        "entropy": entropy.mean(),
+        "max_violation": (amounts.max(axis=-1) / mean - 1.0).mean(),
+        "used_experts": used_experts(amounts).mean(),
+        "dead_experts": len(dead_experts(amounts)),
+        "effective_experts": np.exp(entropy).mean(),
+    }
+    if has_capacity:
+        values["dropped"] = counts["dropped"] / max(float(counts["assignments"]), 1.0)
+    if "confidence" in counts:
+        values["confidence"] = counts["confidence"] / max(float(counts["decisions"]), 1.0)
+    return {name: float(values[name]) for name in NAMES if name in values}
+
+
+def amounts_of(counts: Counts) -> tuple[str, Any]:
+    """ "load" or "importance", and it, `(tasks, E)`, of one task where there are none."""
+    measure = "load" if "load" in counts else "importance"
+    return measure, np.atleast_2d(counts[measure])
+
+
+def shares_of(amounts: Any) -> Any:
+    """Each expert's share, `(tasks, E)`; equal ones where nothing was counted."""
+    total = amounts.sum(axis=-1, keepdims=True)
+    even = np.full(amounts.shape, 1.0 / amounts.shape[-1])
+    return np.where(total > 0, amounts / np.maximum(total, _TINY), even)
+
+
+def used_experts(amounts: Any) -> Any:
+    """exp(entropy of the experts' shares) `(tasks,)`: how many experts of equal use they are."""
+    shares = shares_of(amounts)
+    return np.exp(-np.sum(shares * np.log(np.maximum(shares, _TINY)), axis=-1))
+
+
+def dead_experts(amounts: Any) -> list[int]:
+    """The experts that get less than a hundredth of their share, from every task."""
+    shares = shares_of(amounts)
+    return [int(e) for e in np.flatnonzero((shares < _DEAD / shares.shape[-1]).all(axis=0))]
+
+
+def difference(now: Counts, before: Counts) -> Counts:
+    """What was counted between two reads."""
+    return {name: np.asarray(now[name] - before[name]) for name in now}

@@ -1,0 +1,101 @@
+"""Where a monitor's numbers go: files of comma-separated values, of JSON lines, of TensorBoard."""
+
+import csv
+import json
+import socket
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+Row = dict[str, Any]
+
+
+class Writer(Protocol):
+    """Takes a row of numbers at the end of each epoch."""
+
+    def write(self, epoch: int, scalars: dict[str, float], details: Row) -> None:
+        """Writes an epoch.
+
+        Args:
+            epoch: from 0.
+            scalars: by `{layer}/{metric}`.
+            details: by layer, what was counted, lists of numbers too.
+        """
+        ...
+
+    def close(self) -> None:
+        """Closes the file."""
+        ...
+
+
+class CsvWriter:
+    """A line per epoch and a column per scalar."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("w", newline="", encoding="utf-8")
+        self._writer: csv.DictWriter[str] | None = None
+
+    def write(self, epoch: int, scalars: dict[str, float], details: Row) -> None:
+        del details
+        if self._writer is None:
+            self._writer = csv.DictWriter(self._file, ["epoch", *scalars], lineterminator="\n")
+            self._writer.writeheader()
+        self._writer.writerow({"epoch": epoch, **scalars})
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class JsonWriter:
+    """A JSON object per line and epoch, with all that was counted."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("w", encoding="utf-8")
+
+    def write(self, epoch: int, scalars: dict[str, float], details: Row) -> None:
+        self._file.write(json.dumps({"epoch": epoch, **scalars, "counts": details}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoardWriter:
+    """An event file of scalars, written without TensorFlow.
+
+    `keras.callbacks.TensorBoard` imports TensorFlow on every backend, and TensorBoard's own writer
+    does where it is installed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from tensorboard.compat.proto.event_pb2 import Event
+            from tensorboard.compat.proto.summary_pb2 import Summary
+            from tensorboard.summary.writer.record_writer import RecordWriter
+        except ImportError as error:
+            raise ImportError(
+                "`ExpertMonitor(log_dir=...)` needs TensorBoard: "
+                "pip install 'keras-moe[tensorboard]'"
+            ) from error
+        self._event, self._summary = Event, Summary
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.experts"
+        self._file = (folder / name).open("wb")
+        self._records = RecordWriter(self._file)
+        self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))
+
+    def write(self, epoch: int, scalars: dict[str, float], details: Row) -> None:
+        del details
+        values = [self._summary.Value(tag=tag, simple_value=each) for tag, each in scalars.items()]
+        summary = self._summary(value=values)
+        self._add(self._event(wall_time=time.time(), step=epoch, summary=summary))
+
+    def _add(self, event: Any) -> None:
+        self._records.write(event.SerializeToString())
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()

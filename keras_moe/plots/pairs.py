@@ -1,0 +1,82 @@
+"""Experts in pairs: who works with whom, and who is like whom."""
+
+from typing import Any
+
+import numpy as np
+from keras import ops
+
+from keras_moe.plots._canvas import (
+    gates_of,
+    heat_map,
+    named_layers,
+    new_figure,
+    numbered,
+    one_layer,
+    records_of,
+)
+
+
+def coactivation(model: Any, x: Any, *, layer: str | None = None, batch_size: int = 256) -> Any:
+    """Draws how often two experts get the same token, of the tokens that the first one gets.
+
+    Args:
+        model: A built model with a `MoE` layer of at least two experts per token.
+        x: Its inputs, an array or a dict of arrays.
+        layer: Name of the layer; None where there is one only. Defaults to `None`.
+        batch_size: Positive integer, examples per call of the model. Defaults to `256`.
+
+    Returns:
+        A `matplotlib.figure.Figure`. Entry (i, j) is the share of expert i's tokens that expert j
+        gets too; the diagonal is left out.
+
+    Raises:
+        ValueError: on an unknown layer.
+    """
+    found = records_of(model, x, batch_size, ("experts", "kept"))
+    name, record = one_layer(found, layer, "a layer that sends tokens to experts")
+    num_experts = dict(named_layers(model))[name].num_experts
+    gates = gates_of(record, num_experts).reshape(-1, num_experts).astype(np.float64)
+    together = gates.T @ gates
+    shares = together / np.maximum(np.diag(together)[:, None], 1.0)
+    np.fill_diagonal(shares, np.nan)
+    return _matrix(shares, numbered(num_experts), "share of the row's tokens", f"Together: {name}")
+
+
+def slot_similarity(model: Any, *, layer: str | None = None) -> Any:
+    """Draws how alike the slots of a `SoftMoE` are: cosines of their vectors `phi`, absolute.
+
+    Args:
+        model: A built model with a `SoftMoE` layer.
+        layer: Name of the layer; None where there is one only. Defaults to `None`.
+
+    Returns:
+        A `matplotlib.figure.Figure`. Slots of one expert stand together; the diagonal is left out.
+
+    Raises:
+        ValueError: on an unknown layer.
+    """
+    soft = {
+        name: each
+        for name, each in named_layers(model)
+        if hasattr(getattr(each, "router", None), "phi")
+    }
+    name, found = one_layer(soft, layer, "a `SoftMoE`")
+    phi = ops.convert_to_numpy(found.router.phi)
+    phi = phi.reshape(phi.shape[0], -1).astype(np.float64)
+    phi = phi / np.maximum(np.linalg.norm(phi, axis=0), 1e-12)
+    cosines = np.abs(phi.T @ phi)
+    np.fill_diagonal(cosines, np.nan)
+    slots = [
+        f"{slot // found.slots_per_expert}.{slot % found.slots_per_expert}"
+        for slot in range(len(cosines))
+    ]
+    return _matrix(cosines, slots, "absolute cosine", f"Slots (expert.slot): {name}")
+
+
+def _matrix(values: Any, names: list[str], unit: str, title: str) -> Any:
+    size = max(5.0, 0.28 * len(names) + 1.5)
+    figure = new_figure(size + 1.2, size)
+    axis = figure.add_subplot()
+    heat_map(figure, axis, values, names, names, unit)
+    axis.set_title(title)
+    return figure

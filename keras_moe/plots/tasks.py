@@ -1,0 +1,57 @@
+"""What each task takes of each expert."""
+
+from typing import Any
+
+import numpy as np
+
+from keras_moe.plots._canvas import (
+    COLOURS,
+    named_layers,
+    new_figure,
+    numbered,
+    one_layer,
+    records_of,
+)
+
+
+def task_gates(model: Any, x: Any, *, layer: str | None = None, batch_size: int = 256) -> Any:
+    """Draws the mean gate weights of an `MMoE`: a group of bars per expert, a bar per task.
+
+    Args:
+        model: A built model with an `MMoE` layer.
+        x: Its inputs, an array or a dict of arrays.
+        layer: Name of the layer; None where there is one only. Defaults to `None`.
+        batch_size: Positive integer, examples per call of the model. Defaults to `256`.
+
+    Returns:
+        A `matplotlib.figure.Figure`; lines on the bars are quartiles over the examples.
+
+    Raises:
+        ValueError: on an unknown layer.
+    """
+    gated = {name: each for name, each in named_layers(model) if hasattr(each, "num_tasks")}
+    found = records_of(model, x, batch_size, ("weights",))
+    found = {name: record for name, record in found.items() if name in gated}
+    name, record = one_layer(found, layer, "an `MMoE`")
+    tasks = gated[name].tasks
+    weights = record["weights"]
+    weights = weights.reshape(-1, *weights.shape[-2:]).astype(np.float64)  # (n, t, e)
+    _, num_tasks, num_experts = weights.shape
+    names = numbered(num_tasks) if isinstance(tasks, int) else list(tasks)
+    figure = new_figure(max(6.0, 0.3 * num_tasks * num_experts + 2.0), 3.6)
+    axis = figure.add_subplot()
+    thickness = 0.8 / num_tasks
+    for task, called in enumerate(names):
+        mean = weights[:, task].mean(axis=0)
+        low, high = np.quantile(weights[:, task], [0.25, 0.75], axis=0)
+        spread = np.maximum([mean - low, high - mean], 0.0)
+        places = np.arange(num_experts) + (task - (num_tasks - 1) / 2) * thickness
+        colour = COLOURS[task % len(COLOURS)]
+        axis.bar(places, mean, thickness * 0.9, yerr=spread, label=called, color=colour, capsize=2)
+    axis.axhline(1.0 / num_experts, color="black", linewidth=1, linestyle=":", label="equal")
+    axis.set_xticks(range(num_experts), numbered(num_experts))
+    axis.set_xlabel("expert")
+    axis.set_ylabel("gate weight")
+    axis.set_title(f"What each task takes: {name}")
+    axis.legend(frameon=False, fontsize=9)
+    return figure

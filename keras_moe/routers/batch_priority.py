@@ -1,0 +1,112 @@
+"""Batch prioritized routing of V-MoE."""
+
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_moe import _checks
+from keras_moe._numerics import normal_cdf, softmax
+from keras_moe.routers import losses
+from keras_moe.routers.base import Router
+from keras_moe.routers.selection import select_top_k
+from keras_moe.routing import Routing
+from keras_moe.types import Config, Tensor
+
+
+@keras.saving.register_keras_serializable(package="keras_moe")
+class BatchPriorityRouter(Router):
+    """Top-k in which the tokens that the router is surest of get the slots first.
+
+    p = softmax(x W + eps), eps ~ N(0, noise_std^2) in training, 0 otherwise; experts = the k
+    largest p, weight_j = p_j, not renormalised. Where a capacity lets not all in, tokens are served
+    in the order of their largest weight, first choices before second ones: with a small
+    `capacity_factor` unimportant tokens are dropped, which is how V-MoE saves work at inference.
+    An output then depends on the other tokens of the capacity group, later ones too.
+
+    The importance loss is the CV^2 of the summed p of each expert (without noise), the load loss
+    that of the chances to reach the k-th largest noisy logit,
+    P_i = 1 - Phi((t - (x W)_i) / noise_std).
+
+    Args:
+        num_experts: Positive integer, the experts E to choose from.
+        top_k: Integer between 1 and `num_experts`. Defaults to `2`.
+        noise_std: Number of at least 0, the width of the noise; None for 1 / E. Defaults to `None`
+            (the paper's).
+        importance_weight: Coefficient of the importance loss. Defaults to `0.005` (the paper's).
+        load_weight: Coefficient of the load loss, which there is only with noise. Defaults to
+            `0.005` (the paper's).
+        z_loss_weight: Coefficient of the router z-loss, which the paper has not. Defaults to `0.0`.
+        **kwargs: Arguments of `Router`: `jitter`, `kernel_initializer`, `kernel_regularizer`,
+            `kernel_constraint`, `seed`.
+
+    Reference:
+        Riquelme et al. 2021, "Scaling Vision with Sparse Mixture of Experts", section 2, section 4
+        and appendix A; its `capacity_factor` is 1.05 in training.
+    """
+
+    draws_noise = True
+
+    def __init__(
+        self,
+        num_experts: int,
+        top_k: int = 2,
+        *,
+        noise_std: float | None = None,
+        importance_weight: float = 0.005,
+        load_weight: float = 0.005,
+        z_loss_weight: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        kwargs["balance_weight"] = 0.0  # importance and load do that
+        super().__init__(num_experts, top_k, z_loss_weight=z_loss_weight, **kwargs)
+        self.noise_std = _checks.optional(_checks.non_negative, "noise_std", noise_std)
+        self.importance_weight = _checks.non_negative("importance_weight", importance_weight)
+        self.load_weight = _checks.non_negative("load_weight", load_weight)
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        return {
+            **super().loss_weights,
+            "importance": self.importance_weight,
+            "load": self.load_weight,
+        }
+
+    def call(
+        self, inputs: Tensor, mask: Tensor | None = None, training: bool | None = None
+    ) -> Routing:
+        clean = ops.matmul(self._jittered(inputs) if training else inputs, self.kernel)
+        std = 1.0 / self.num_experts if self.noise_std is None else self.noise_std
+        noisy = clean
+        if training and std:
+            noise = keras.random.normal(ops.shape(clean), dtype="float32", seed=self.seed_generator)
+            noisy = clean + noise * std
+        experts = select_top_k(noisy, self.top_k)
+        weights = ops.take_along_axis(softmax(noisy), experts, axis=-1)
+        load = ops.zeros((), dtype="float32")
+        if std:
+            threshold = ops.take_along_axis(noisy, experts[:, -1:], axis=-1)
+            load = losses.load_loss(normal_cdf((clean - threshold) / std), mask)
+        probabilities = self.probabilities(clean)
+        importance = losses.importance_loss(probabilities, mask)
+        return self.record(
+            experts,
+            weights,
+            clean,
+            probabilities,
+            mask,
+            more_losses={"importance": importance, "load": load},
+        )
+
+    def priority(self, routing: Routing) -> Tensor:
+        return routing.weights[:, 0]  # the largest
+
+    def get_config(self) -> Config:
+        config = super().get_config()
+        del config["balance_weight"]
+        return {
+            **config,
+            "noise_std": self.noise_std,
+            "importance_weight": self.importance_weight,
+            "load_weight": self.load_weight,
+        }

@@ -1,0 +1,165 @@
+"""DSelect-k: a differentiable choice of k experts by binary codes."""
+
+import math
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_moe import _checks
+from keras_moe._numerics import softmax
+from keras_moe.initializers import FiniteInitializer
+from keras_moe.routers.base import Router
+from keras_moe.routers.losses import masked_sum, token_count
+from keras_moe.routing import Routing
+from keras_moe.types import Config, InitializerLike, Tensor
+
+_TINY = 1e-20
+
+
+@keras.saving.register_keras_serializable(package="keras_moe")
+class DSelectKRouter(Router):
+    """k selectors, each of which finds one expert by a smooth binary code.
+
+    With E experts a selector has m = ceil(log2 E) numbers z; S(z) is 0 below -gamma / 2, 1 above
+    gamma / 2 and a cubic between. It gives expert e the share r_e = product over the bits of e's
+    code of S(z_b) for a 1 and 1 - S(z_b) for a 0. weights_e = sum_j softmax(alpha)_j r_{j,e}. Where
+    training has driven all S to 0 or 1, exactly k experts (or fewer, where selectors agree) are
+    left. z and alpha are linear in the token, or with `static` the same for all tokens.
+
+    The entropy loss, the mean over tokens of the selectors' summed entropies, drives them there.
+    Where E is no power of 2, codes past E stand for no expert; "unused" keeps selectors off them:
+    the mean of sum_j 1 / sum_{e < E} r_{j,e}.
+
+    Shapes are static, so all experts are computed, at their weights.
+
+    Args:
+        num_experts: Positive integer, the number of experts E.
+        top_k: Integer between 1 and `num_experts`, the number of selectors k. Defaults to `2`.
+        static: Whether all tokens go to the same experts, as for a gate per task. Defaults to
+            `False`.
+        gamma: Positive number, the width of S. Defaults to `1.0` (the authors').
+        entropy_weight: Coefficient of the entropy loss. Defaults to `1e-6`; the paper tunes it.
+        kernel_initializer: Initializer of z and its kernel. Defaults to `None`, uniform within
+            gamma / 100 of 0 (the authors').
+        **kwargs: Arguments of `Router`: `jitter`, `kernel_regularizer`, `kernel_constraint`,
+            `seed`.
+
+    Reference:
+        Hazimeh et al. 2021, "DSelect-k: Differentiable Selection in the Mixture of Experts",
+        sections 3 and 4.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        top_k: int = 2,
+        *,
+        static: bool = False,
+        gamma: float = 1.0,
+        entropy_weight: float = 1e-6,
+        kernel_initializer: InitializerLike = None,
+        **kwargs: Any,
+    ) -> None:
+        for name in ("balance_weight", "z_loss_weight"):
+            kwargs[name] = 0.0
+        gamma = _checks.positive("gamma", gamma)
+        if kernel_initializer is None:
+            near = gamma / 100.0
+            kernel_initializer = keras.initializers.RandomUniform(-near, near)
+        super().__init__(num_experts, num_experts, kernel_initializer=kernel_initializer, **kwargs)
+        self.num_selectors = _checks.int_between(
+            "top_k", _checks.positive_int("top_k", top_k), 1, self.num_experts, "num_experts"
+        )
+        self.static = bool(static)
+        self.gamma = gamma
+        self.entropy_weight = _checks.non_negative("entropy_weight", entropy_weight)
+        self.num_bits = max(math.ceil(math.log2(self.num_experts)), 1)
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        is_full = self.num_experts == 2**self.num_bits
+        return {
+            **super().loss_weights,
+            "entropy": self.entropy_weight,
+            "unused": 0.0 if is_full else 1.0,
+        }
+
+    def build(self, input_shape: Any) -> None:
+        width = _checks.token_shape("DSelectKRouter", tuple(input_shape))
+        leading = () if self.static else (width,)
+        glorot = keras.initializers.GlorotUniform(self.seed)
+        for name, size, initializer in (
+            ("codes", self.num_selectors * self.num_bits, self.kernel_initializer),
+            ("alpha", self.num_selectors, "zeros" if self.static else glorot),
+        ):
+            weight = self.add_weight(
+                name=name,
+                shape=(*leading, size),
+                initializer=FiniteInitializer(initializer, f"router/{name}"),
+                regularizer=self.kernel_regularizer,
+                constraint=self.kernel_constraint,
+            )
+            setattr(self, name, weight)
+
+    def call(
+        self, inputs: Tensor, mask: Tensor | None = None, training: bool | None = None
+    ) -> Routing:
+        inputs = self._jittered(inputs) if training else inputs
+        shares = self._shares(self._of_tokens(inputs, self.codes))  # (N, k, 2^m)
+        importance = softmax(self._of_tokens(inputs, self.alpha))
+        mixed = ops.sum(shares * ops.expand_dims(importance, -1), axis=1)
+        weights = mixed[:, : self.num_experts]
+        is_used = ops.logical_not(weights <= 0)  # so that a NaN is seen
+        logits = ops.log(ops.where(is_used, weights, _TINY))
+        experts = ops.arange(self.num_experts, dtype="int32") + ops.zeros_like(
+            weights, dtype="int32"
+        )
+        logs = ops.log(ops.where(shares > 0, shares, 1.0))  # 0 log 0 is 0, with gradient 0
+        entropy = -ops.sum(shares * logs, axis=(1, 2))
+        valid = ops.sum(shares[:, :, : self.num_experts], axis=-1)
+        unused = ops.sum(1.0 / ops.maximum(valid, 1e-6), axis=-1)
+        count = token_count(inputs, mask)
+        return self.record(
+            experts,
+            weights,
+            logits,
+            self.probabilities(logits),
+            mask,
+            is_chosen=is_used,
+            more_losses={
+                "entropy": masked_sum(entropy, mask) / count,
+                "unused": masked_sum(unused, mask) / count,
+            },
+        )
+
+    def _of_tokens(self, inputs: Tensor, weight: Tensor) -> Tensor:
+        """`(N, size)`, of each token or the same for all."""
+        if not self.static:
+            return ops.matmul(inputs, weight)
+        row = ops.expand_dims(ops.convert_to_tensor(weight), 0)
+        return ops.broadcast_to(row, (ops.shape(inputs)[0], weight.shape[-1]))
+
+    def _shares(self, z: Tensor) -> Tensor:
+        """What each selector gives each code, `(N, k, 2^m)`: products over the bits."""
+        steps = ops.reshape(self._smooth_step(z), (-1, self.num_selectors, 1, self.num_bits))
+        codes = np.arange(2**self.num_bits)[:, None] >> np.arange(self.num_bits) & 1
+        return ops.prod(ops.where(ops.convert_to_tensor(codes == 1), steps, 1.0 - steps), axis=-1)
+
+    def _smooth_step(self, z: Tensor) -> Tensor:
+        cubic = -2.0 / self.gamma**3 * z**3 + 1.5 / self.gamma * z + 0.5
+        half = self.gamma / 2.0
+        step = ops.where(z < half, cubic, ops.ones_like(z))
+        return ops.where(z > -half, step, ops.zeros_like(z))
+
+    def get_config(self) -> Config:
+        config = super().get_config()
+        del config["balance_weight"], config["z_loss_weight"]
+        return {
+            **config,
+            "top_k": self.num_selectors,
+            "static": self.static,
+            "gamma": self.gamma,
+            "entropy_weight": self.entropy_weight,
+        }

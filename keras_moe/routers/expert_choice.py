@@ -1,0 +1,60 @@
+"""Expert choice: experts choose tokens."""
+
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_moe import _checks
+from keras_moe.routers.base import Router
+from keras_moe.types import Config, Tensor
+
+
+@keras.saving.register_keras_serializable(package="keras_moe")
+class ExpertChoiceRouter(Router):
+    """Each expert takes the tokens that it scores highest, the same number for every expert.
+
+    p = softmax over the experts of x W; expert e takes the C = ceil(top_k N / E) tokens of largest
+    p[:, e], N the tokens of the capacity group, and weighs them with p. All loads are equal by
+    construction, so there is no balance loss; a token gets `top_k` experts on average, and may get
+    none or many.
+
+    **Not causal**: whether a token is chosen depends on all others of its group, later ones too.
+    Use it in encoders, or with `capacity_group="example"` at least keep examples apart.
+
+    The record rates all experts: `experts`, `weights` and `kept` are `(N, E)`, and `kept` says who
+    was chosen.
+
+    Args:
+        num_experts: Positive integer, the number of experts E.
+        top_k: Integer between 1 and `num_experts`, the mean number of experts per token, which the
+            paper calls capacity factor. Defaults to `2` (the paper's).
+        z_loss_weight: Coefficient of the router z-loss. Defaults to `0.0`.
+        **kwargs: Arguments of `Router`: `jitter`, `kernel_initializer`, `kernel_regularizer`,
+            `kernel_constraint`, `seed`.
+
+    Reference:
+        Zhou et al. 2022, "Mixture-of-Experts with Expert Choice Routing", section 3.2.
+    """
+
+    chooses_tokens = True
+
+    def __init__(
+        self, num_experts: int, top_k: int = 2, *, z_loss_weight: float = 0.0, **kwargs: Any
+    ) -> None:
+        kwargs["balance_weight"] = 0.0
+        super().__init__(num_experts, num_experts, z_loss_weight=z_loss_weight, **kwargs)
+        self.experts_per_token = _checks.int_between(
+            "top_k", _checks.positive_int("top_k", top_k), 1, self.num_experts, "num_experts"
+        )
+
+    def choose(self, logits: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
+        experts = ops.arange(self.num_experts, dtype="int32") + ops.zeros_like(
+            logits, dtype="int32"
+        )
+        return experts, probabilities
+
+    def get_config(self) -> Config:
+        config = super().get_config()
+        del config["balance_weight"]
+        return {**config, "top_k": self.experts_per_token}

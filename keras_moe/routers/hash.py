@@ -1,0 +1,125 @@
+"""Fixed routing by content, and the controls: what a learned router must beat."""
+
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_moe.initializers import derived_seed
+from keras_moe.routers.base import Router
+from keras_moe.routers.selection import select_top_k
+from keras_moe.routing import Routing
+from keras_moe.types import Config, Tensor
+
+
+class _FixedRouter(Router):
+    """A router that learns nothing: no kernel, no losses, equal weights."""
+
+    def __init__(self, num_experts: int, top_k: int, **kwargs: Any) -> None:
+        for name in ("balance_weight", "z_loss_weight"):
+            kwargs[name] = 0.0
+        super().__init__(num_experts, top_k, **kwargs)
+
+    def _record(self, experts: Tensor, logits: Tensor, mask: Tensor | None) -> Routing:
+        weights = ops.ones_like(experts, dtype="float32") / self.top_k
+        return self.record(experts, weights, logits, self.probabilities(logits), mask)
+
+    def get_config(self) -> Config:
+        config = super().get_config()
+        learned = ("balance_weight", "z_loss_weight", "jitter", "kernel_initializer")
+        for name in (*learned, "kernel_regularizer", "kernel_constraint"):
+            del config[name]
+        return config
+
+
+@keras.saving.register_keras_serializable(package="keras_moe")
+class HashRouter(_FixedRouter):
+    """Each token goes to k experts by a fixed hash of its content, each with weight 1 / k.
+
+    experts = the k largest x R, R a normal random `(d, E)` matrix that is drawn once, never
+    trained, and saved. It is a locality-sensitive hash: equal tokens go to the same experts, and
+    similar ones mostly do.
+
+    Args:
+        num_experts: Positive integer, the number of experts E.
+        top_k: Integer between 1 and `num_experts`. Defaults to `1` (the paper's).
+        **kwargs: `seed`, an optional integer from which R is drawn.
+
+    Reference:
+        Roller et al. 2021, "Hash Layers For Large Sparse Models", which hashes token ids; Andoni
+        et al. 2015, "Practical and Optimal LSH for Angular Distance", section 3 (the hash).
+    """
+
+    def __init__(self, num_experts: int, top_k: int = 1, **kwargs: Any) -> None:
+        super().__init__(num_experts, top_k, **kwargs)
+
+    def build(self, input_shape: Any) -> None:
+        seed = derived_seed(self.seed, "router/projection")
+        self.projection = self.add_weight(
+            name="projection",
+            shape=(tuple(input_shape)[-1], self.num_experts),
+            initializer=keras.initializers.RandomNormal(stddev=1.0, seed=seed),
+            trainable=False,
+        )
+
+    def call(
+        self, inputs: Tensor, mask: Tensor | None = None, training: bool | None = None
+    ) -> Routing:
+        logits = ops.stop_gradient(ops.matmul(inputs, self.projection))
+        return self._record(select_top_k(logits, self.top_k), logits, mask)
+
+
+@keras.saving.register_keras_serializable(package="keras_moe")
+class RandomRouter(HashRouter):
+    """Each token goes to k experts drawn anew in each training batch; a control.
+
+    At inference, which is deterministic, to those that `HashRouter` gives.
+
+    Args:
+        num_experts: Positive integer, the number of experts E.
+        top_k: Integer between 1 and `num_experts`. Defaults to `1`.
+        **kwargs: `seed`, an optional integer, seed of the draws.
+
+    Reference:
+        Zuo et al. 2022, "Taming Sparsely Activated Transformer with Stochastic Experts" (THOR),
+        section 3.
+    """
+
+    draws_noise = True
+
+    def call(
+        self, inputs: Tensor, mask: Tensor | None = None, training: bool | None = None
+    ) -> Routing:
+        if not training:
+            return super().call(inputs, mask=mask)
+        shape = (ops.shape(inputs)[0], self.num_experts)
+        logits = keras.random.normal(shape, dtype="float32", seed=self.seed_generator)
+        return self._record(select_top_k(logits, self.top_k), logits, mask)
+
+
+@keras.saving.register_keras_serializable(package="keras_moe")
+class UniformRouter(_FixedRouter):
+    """Every token goes to all experts, each with weight 1 / E; a control: an ensemble.
+
+    Args:
+        num_experts: Positive integer, the number of experts E.
+        **kwargs: None that matter.
+    """
+
+    def __init__(self, num_experts: int, **kwargs: Any) -> None:
+        super().__init__(num_experts, num_experts, **kwargs)
+
+    def build(self, input_shape: Any) -> None:
+        del input_shape  # it has no weights
+
+    def call(
+        self, inputs: Tensor, mask: Tensor | None = None, training: bool | None = None
+    ) -> Routing:
+        shape = (ops.shape(inputs)[0], self.num_experts)
+        experts = ops.broadcast_to(ops.arange(self.num_experts, dtype="int32"), shape)
+        return self._record(experts, ops.zeros(shape, dtype="float32"), mask)
+
+    def get_config(self) -> Config:
+        config = super().get_config()
+        del config["top_k"]
+        return config

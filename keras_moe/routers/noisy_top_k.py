@@ -1,0 +1,139 @@
+"""Noisy top-k gating, the rule of the first sparse mixture."""
+
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_moe import _checks
+from keras_moe._numerics import normal_cdf, softmax
+from keras_moe.initializers import FiniteInitializer
+from keras_moe.routers import losses
+from keras_moe.routers.base import Router
+from keras_moe.routers.selection import select_top_k, spread
+from keras_moe.routing import Routing
+from keras_moe.types import Config, InitializerLike, Tensor
+
+_LEAST_NOISE = 1e-2  # as in the authors' tensor2tensor: a width of 0 would be divided by
+
+
+@keras.saving.register_keras_serializable(package="keras_moe")
+class NoisyTopKRouter(Router):
+    """Each token goes to k experts, chosen in training under noise whose width is learned.
+
+    h_i = (x W)_i + N(0, 1) * std_i, std_i = softplus((x W_noise)_i) + 0.01; experts = the k largest
+    h; weights = softmax of these k. Without training there is no noise, h = x W. With k = 1, where
+    that softmax is the constant 1, the weight is the expert's share of a softmax over all.
+
+    The importance loss is the CV^2 of each expert's summed weights, the load loss that of its
+    chances to be chosen if its own noise was drawn again,
+    P_i = Phi(((x W)_i - t_i) / std_i), t_i the k-th largest of the other experts' h.
+
+    Args:
+        num_experts: Positive integer, the experts E to choose from.
+        top_k: Integer between 1 and `num_experts`. Defaults to `2`.
+        importance_weight: Coefficient of the importance loss. Defaults to `0.1` (the paper's).
+        load_weight: Coefficient of the load loss; there is none where `top_k` is `num_experts`.
+            Defaults to `0.1` (the paper's).
+        z_loss_weight: Coefficient of the router z-loss, which the paper has not. Defaults to `0.0`.
+        kernel_initializer: Initializer of both kernels. Defaults to `"zeros"`, so that noise alone
+            decides at first (the paper's).
+        **kwargs: Arguments of `Router`: `jitter`, `kernel_regularizer`, `kernel_constraint`,
+            `seed`.
+
+    Reference:
+        Shazeer et al. 2017, "Outrageously Large Neural Networks", section 2.1 and appendix A.
+    """
+
+    draws_noise = True
+
+    def __init__(
+        self,
+        num_experts: int,
+        top_k: int = 2,
+        *,
+        importance_weight: float = 0.1,
+        load_weight: float = 0.1,
+        z_loss_weight: float = 0.0,
+        kernel_initializer: InitializerLike = "zeros",
+        **kwargs: Any,
+    ) -> None:
+        kwargs["balance_weight"] = 0.0  # importance and load do that
+        super().__init__(
+            num_experts,
+            top_k,
+            z_loss_weight=z_loss_weight,
+            kernel_initializer=kernel_initializer,
+            **kwargs,
+        )
+        self.importance_weight = _checks.non_negative("importance_weight", importance_weight)
+        self.load_weight = _checks.non_negative("load_weight", load_weight)
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        return {
+            **super().loss_weights,
+            "importance": self.importance_weight,
+            "load": self.load_weight,
+        }
+
+    def build(self, input_shape: Any) -> None:
+        super().build(input_shape)
+        self.noise_kernel = self.add_weight(
+            name="noise_kernel",
+            shape=tuple(self.kernel.shape),
+            initializer=FiniteInitializer(self.kernel_initializer, "router/noise_kernel"),
+            regularizer=self.kernel_regularizer,
+            constraint=self.kernel_constraint,
+        )
+
+    def call(
+        self, inputs: Tensor, mask: Tensor | None = None, training: bool | None = None
+    ) -> Routing:
+        inputs = self._jittered(inputs) if training else inputs
+        clean = ops.matmul(inputs, self.kernel)
+        std = ops.softplus(ops.matmul(inputs, self.noise_kernel)) + _LEAST_NOISE
+        noisy = clean
+        if training:
+            noise = keras.random.normal(ops.shape(clean), dtype="float32", seed=self.seed_generator)
+            noisy = clean + noise * std
+        ranked = select_top_k(noisy, min(self.top_k + 1, self.num_experts))
+        experts = ranked[:, : self.top_k]
+        values = ops.take_along_axis(noisy, ranked, axis=-1)
+        if self.top_k > 1:
+            weights = softmax(values[:, : self.top_k])
+        else:
+            weights = ops.take_along_axis(softmax(noisy), experts, axis=-1)
+        gates = spread(weights, experts, self.num_experts)
+        return self.record(
+            experts,
+            weights,
+            clean,
+            self.probabilities(clean),
+            mask,
+            more_losses={
+                "importance": losses.importance_loss(gates, mask),
+                "load": self._load_loss(clean, std, values, experts, mask),
+            },
+        )
+
+    def _load_loss(
+        self, clean: Tensor, std: Tensor, values: Tensor, experts: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """`values (N, k + 1)` are the largest noisy logits, largest first."""
+        if self.top_k == self.num_experts:  # all are chosen, whatever the noise
+            return ops.zeros((), dtype="float32")
+        ones = ops.ones_like(experts, dtype="float32")
+        is_chosen = spread(ones, experts, self.num_experts) > 0
+        # Without a chosen expert, the k-th largest of the rest is the one after the k.
+        threshold = ops.where(is_chosen, values[:, self.top_k :], values[:, self.top_k - 1, None])
+        return losses.load_loss(normal_cdf((clean - threshold) / std), mask)
+
+    def get_config(self) -> Config:
+        config = super().get_config()
+        del config["balance_weight"]
+        return {
+            **config,
+            "importance_weight": self.importance_weight,
+            "load_weight": self.load_weight,
+        }

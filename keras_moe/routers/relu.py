@@ -1,0 +1,118 @@
+"""ReLU routing, differentiable everywhere: ReMoE."""
+
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_moe import _checks
+from keras_moe.routers.base import Router
+from keras_moe.routers.losses import masked_sum, token_count
+from keras_moe.routers.selection import select_top_k, spread
+from keras_moe.routing import Routing
+from keras_moe.types import Config, Tensor
+
+
+@keras.saving.register_keras_serializable(package="keras_moe")
+class ReLURouter(Router):
+    """Each token goes to all experts of positive score; a penalty sets how many that are.
+
+    weights = relu(x W); experts = those of positive weight, at most `max_experts`, largest first.
+    The penalty is lambda * E / (k N) * sum_e load_e * mean_n weight_{n,e}: an L1 norm in which
+    popular experts weigh more, and so a balance loss too. lambda is adapted in training: after each
+    batch it is multiplied by `rate` where more than `top_k` experts per token were active on
+    average, and divided by it where fewer were. Training so starts dense and becomes sparse.
+
+    Shapes are static, so the cost is that of `max_experts` experts per token, as many as are active
+    or not.
+
+    Args:
+        num_experts: Positive integer, the number of experts E.
+        top_k: Integer between 1 and `num_experts`, the active experts per token to aim for.
+            Defaults to `1`.
+        max_experts: Integer between `top_k` and `num_experts`, the most experts a token can go to;
+            None for all. Defaults to `None` (the paper's).
+        initial_penalty: Positive number, lambda at first. Defaults to `1e-8` (the paper's).
+        rate: Number above 1, what lambda changes by. Defaults to `1.2` (the paper's).
+        z_loss_weight: Coefficient of the router z-loss. Defaults to `0.0`.
+        **kwargs: Arguments of `Router`: `jitter`, `kernel_initializer`, `kernel_regularizer`,
+            `kernel_constraint`, `seed`.
+
+    Reference:
+        Wang et al. 2024, "ReMoE: Fully Differentiable Mixture-of-Experts with ReLU Routing",
+        equations 5 to 10.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        top_k: int = 1,
+        *,
+        max_experts: int | None = None,
+        initial_penalty: float = 1e-8,
+        rate: float = 1.2,
+        z_loss_weight: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        kwargs["balance_weight"] = 0.0  # the penalty does that
+        aim = _checks.positive_int("top_k", top_k)
+        most = num_experts if max_experts is None else max_experts
+        super().__init__(num_experts, most, z_loss_weight=z_loss_weight, **kwargs)
+        self.target_experts = _checks.int_between("top_k", aim, 1, self.top_k, "max_experts")
+        self.initial_penalty = _checks.positive("initial_penalty", initial_penalty)
+        self.rate = _checks.positive("rate", rate)
+        if self.rate <= 1.0:
+            _checks.fail("`rate` must be a number above 1.", rate=rate)
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        return {**super().loss_weights, "l1": 1.0}
+
+    def build(self, input_shape: Any) -> None:
+        super().build(input_shape)
+        self.penalty = self.add_weight(
+            name="penalty",
+            shape=(),
+            initializer=keras.initializers.Constant(self.initial_penalty),
+            dtype="float32",
+            trainable=False,
+            autocast=False,
+        )
+
+    def call(
+        self, inputs: Tensor, mask: Tensor | None = None, training: bool | None = None
+    ) -> Routing:
+        logits = ops.matmul(self._jittered(inputs) if training else inputs, self.kernel)
+        experts = select_top_k(logits, self.top_k)
+        values = ops.take_along_axis(logits, experts, axis=-1)
+        weights = ops.relu(values) + 0.0 * values  # a token that is not finite shows in its output
+        is_active = ops.logical_not(weights <= 0)
+        count = token_count(logits, mask)
+        gates = spread(weights, experts, self.num_experts)
+        load = masked_sum(spread(ops.cast(is_active, "float32"), experts, self.num_experts), mask)
+        fractions = ops.stop_gradient(load) * (self.num_experts / self.target_experts) / count
+        penalty = self.penalty * 1.0  # a copy: torch differentiates with it after it has changed
+        l1 = penalty * ops.sum(fractions * masked_sum(gates, mask)) / count
+        if training and self.trainable:
+            is_above = ops.sign(ops.sum(load) - self.target_experts * count)
+            self.penalty.assign(penalty * ops.power(self.rate, is_above))
+        return self.record(
+            experts,
+            weights,
+            logits,
+            self.probabilities(logits),
+            mask,
+            is_chosen=is_active,
+            more_losses={"l1": l1},
+        )
+
+    def get_config(self) -> Config:
+        config = super().get_config()
+        del config["balance_weight"]
+        return {
+            **config,
+            "top_k": self.target_experts,
+            "max_experts": self.top_k,
+            "initial_penalty": self.initial_penalty,
+            "rate": self.rate,
+        }

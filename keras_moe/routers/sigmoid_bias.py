@@ -1,0 +1,154 @@
+"""Sigmoid routing with a bias that balances the load: DeepSeek-V3."""
+
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_moe import _checks
+from keras_moe.routers.selection import scaled_to_one, select_top_k
+from keras_moe.routers.top_k import TopKRouter
+from keras_moe.routing import Routing
+from keras_moe.types import Config, Tensor
+
+_OF_A_GROUP = 2  # best experts whose scores make a group's
+
+
+@keras.saving.register_keras_serializable(package="keras_moe")
+class SigmoidBiasRouter(TopKRouter):
+    """Top-k by sigmoid(x W) + bias, where the bias follows the load and weighs nothing.
+
+    s = sigmoid(x W); experts = the k largest s + bias; weight_j = routed_scale * s_j / sum of the k
+    chosen s. With k = 1 the weight is routed_scale * s, or the router would get no gradient. After
+    each training batch bias += bias_update_rate * sign(mean load - load): an expert that had more
+    than its share becomes less attractive to the next batch. The bias is a float32 weight that no
+    optimizer sees and that is saved with the model.
+
+    With `num_groups`, experts fall in groups of equal size, in order; a token may only choose from
+    the `top_groups` groups whose two best s + bias are the largest.
+
+    Args:
+        num_experts: Positive integer, the number of experts E.
+        top_k: Integer between 1 and `num_experts`. Defaults to `2`; DeepSeek-V3 has 8 of 256.
+        bias_update_rate: Number of at least 0, what the bias changes by per batch. Defaults to
+            `0.001` (DeepSeek-V3's).
+        routed_scale: Positive number, what the weights sum to. Defaults to `1.0`; DeepSeek-V3 has
+            2.5.
+        num_groups: Positive integer that divides `num_experts`. Defaults to `1`; DeepSeek-V3 has 8.
+        top_groups: Integer between 1 and `num_groups`, whose experts must be enough for `top_k`;
+            None for all groups. Defaults to `None`; DeepSeek-V3 has 4.
+        normalize: Whether the scores of the chosen are divided by their sum. Defaults to `True`.
+        score: `"sigmoid"` or `"softmax"`. Defaults to `"sigmoid"`.
+        balance_weight: Coefficient of the balance loss, on each expert's share of a token's scores.
+            Defaults to `0.0`: the bias balances.
+        z_loss_weight: Coefficient of the router z-loss. Defaults to `0.0`.
+        **kwargs: Arguments of `Router`: `jitter`, `kernel_initializer`, `kernel_regularizer`,
+            `kernel_constraint`, `seed`.
+
+    Raises:
+        ValueError: where groups do not divide the experts, or hold too few for `top_k`.
+
+    Example:
+
+    >>> import keras_moe
+    >>> router = keras_moe.routers.SigmoidBiasRouter(
+    ...     64, top_k=8, routed_scale=2.5, num_groups=8, top_groups=4
+    ... )
+    >>> layer = keras_moe.layers.MoE(64, 32, router=router, num_shared_experts=1)
+
+    Reference:
+        DeepSeek-AI 2024, "DeepSeek-V3 Technical Report", equations 12 to 16; Wang et al. 2024,
+        "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts", algorithm 1.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        top_k: int = 2,
+        *,
+        bias_update_rate: float = 0.001,
+        routed_scale: float = 1.0,
+        num_groups: int = 1,
+        top_groups: int | None = None,
+        normalize: bool = True,
+        score: str = "sigmoid",
+        balance_weight: float = 0.0,
+        z_loss_weight: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            num_experts,
+            top_k,
+            normalize=normalize,
+            score=score,
+            balance_weight=balance_weight,
+            z_loss_weight=z_loss_weight,
+            **kwargs,
+        )
+        self.bias_update_rate = _checks.non_negative("bias_update_rate", bias_update_rate)
+        self.routed_scale = _checks.positive("routed_scale", routed_scale)
+        self.num_groups = _checks.positive_int("num_groups", num_groups)
+        if self.num_experts % self.num_groups:
+            _checks.fail(
+                f"`num_groups` must divide num_experts={self.num_experts}.", num_groups=num_groups
+            )
+        self.top_groups = (
+            self.num_groups
+            if top_groups is None
+            else _checks.int_between("top_groups", top_groups, 1, self.num_groups, "num_groups")
+        )
+        within_reach = self.top_groups * self.num_experts // self.num_groups
+        if within_reach < self.top_k:
+            _checks.fail(
+                f"`top_groups` must leave a token at least top_k={self.top_k} experts.",
+                top_groups=top_groups,
+            )
+
+    def build(self, input_shape: Any) -> None:
+        super().build(input_shape)
+        self.bias = self.add_weight(
+            name="bias",
+            shape=(self.num_experts,),
+            initializer="zeros",
+            dtype="float32",
+            trainable=False,
+            autocast=False,
+        )
+
+    def call(
+        self, inputs: Tensor, mask: Tensor | None = None, training: bool | None = None
+    ) -> Routing:
+        routing = super().call(inputs, mask=mask, training=training)
+        if training and self.trainable and self.bias_update_rate:
+            is_short = ops.sign(ops.mean(routing.load) - routing.load)
+            self.bias.assign(self.bias + self.bias_update_rate * is_short)
+        return routing
+
+    def choose(self, logits: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
+        scores = ops.sigmoid(logits) if self.score == "sigmoid" else probabilities
+        experts = select_top_k(self._within_groups(scores + self.bias), self.top_k)
+        weights = ops.take_along_axis(scores, experts, axis=-1)  # the bias weighs nothing
+        if self.normalize and self.top_k > 1:
+            weights = scaled_to_one(weights)
+        return experts, self.routed_scale * weights
+
+    def _within_groups(self, scores: Tensor) -> Tensor:
+        """-inf for experts out of a token's reach; not 0, which a negative bias falls below."""
+        if self.top_groups == self.num_groups:
+            return scores
+        size = self.num_experts // self.num_groups
+        grouped = ops.reshape(ops.stop_gradient(scores), (-1, self.num_groups, size))
+        best = ops.sort(grouped, axis=-1)[..., -min(_OF_A_GROUP, size) :]
+        groups = select_top_k(ops.sum(best, axis=-1), self.top_groups)
+        is_open = ops.any(ops.equal(ops.expand_dims(groups, -1), ops.arange(self.num_groups)), 1)
+        grouped = ops.where(ops.expand_dims(is_open, -1), grouped, -float("inf"))
+        return ops.reshape(grouped, (-1, self.num_experts))
+
+    def get_config(self) -> Config:
+        return {
+            **super().get_config(),
+            "bias_update_rate": self.bias_update_rate,
+            "routed_scale": self.routed_scale,
+            "num_groups": self.num_groups,
+            "top_groups": self.top_groups,
+        }

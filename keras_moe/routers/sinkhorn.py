@@ -1,0 +1,87 @@
+"""Balanced assignment by Sinkhorn's algorithm."""
+
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_moe import _checks
+from keras_moe._numerics import softmax
+from keras_moe.routers.base import Router
+from keras_moe.routers.selection import select_top_k
+from keras_moe.routing import Routing
+from keras_moe.types import Config, Tensor
+
+_TINY = 1e-20
+
+
+@keras.saving.register_keras_serializable(package="keras_moe")
+class SinkhornRouter(Router):
+    """Top-k of scores that are balanced over the batch, in training; plain top-k at inference.
+
+    In training exp(x W) is scaled by a factor per token and one per expert until each token's
+    row sums to 1 / N and each expert's column to 1 / E, and a token goes to the k largest of its
+    row. No gradient flows through the scaling. The weights are those of the plain scores:
+    sigmoid(x W) with k = 1, the softmax over all experts, not renormalised, with more. At
+    inference, where no token may depend on others, the k largest x W are chosen.
+
+    Args:
+        num_experts: Positive integer, the number of experts E.
+        top_k: Integer between 1 and `num_experts`. Defaults to `1` (the papers').
+        iterations: Positive integer, how often both factors are computed. Defaults to `8`.
+        z_loss_weight: Coefficient of the router z-loss. Defaults to `0.0`.
+        **kwargs: Arguments of `Router`: `jitter`, `kernel_initializer`, `kernel_regularizer`,
+            `kernel_constraint`, `seed`.
+
+    Reference:
+        Clark et al. 2022, "Unified Scaling Laws for Routed Language Models", section 3.1 and
+        appendix B.2.1 (S-BASE); Lewis et al. 2021, "BASE Layers", which solves the assignment
+        exactly.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        top_k: int = 1,
+        *,
+        iterations: int = 8,
+        z_loss_weight: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        kwargs["balance_weight"] = 0.0  # the assignment is balanced
+        super().__init__(num_experts, top_k, z_loss_weight=z_loss_weight, **kwargs)
+        self.iterations = _checks.positive_int("iterations", iterations)
+
+    def call(
+        self, inputs: Tensor, mask: Tensor | None = None, training: bool | None = None
+    ) -> Routing:
+        logits = ops.matmul(self._jittered(inputs) if training else inputs, self.kernel)
+        scores = self._balanced(logits, mask) if training else logits
+        experts = select_top_k(scores, self.top_k)
+        probabilities = self.probabilities(logits)
+        values = ops.sigmoid(logits) if self.top_k == 1 else probabilities
+        weights = ops.take_along_axis(values, experts, axis=-1)
+        return self.record(experts, weights, logits, probabilities, mask)
+
+    def _balanced(self, logits: Tensor, mask: Tensor | None) -> Tensor:
+        """The scaled scores, `(N, E)`; 0 for padding, which takes no share of an expert."""
+        logits = ops.stop_gradient(logits)
+        is_token = ops.all(ops.isfinite(logits), axis=-1, keepdims=True)
+        if mask is not None:
+            is_token = ops.logical_and(is_token, ops.expand_dims(mask, -1))
+        # A factor per row is free, so a softmax, which does not overflow, serves as exp.
+        scores = softmax(ops.where(is_token, logits, 0.0))
+        scores = ops.where(is_token, scores, 0.0)
+        count = ops.maximum(ops.sum(ops.cast(is_token, "float32")), 1.0)
+        by_expert = by_token = 1.0
+        for _ in range(self.iterations):
+            rows = ops.sum(scores * by_expert, axis=-1, keepdims=True)
+            by_token = 1.0 / (count * ops.maximum(rows, _TINY))
+            columns = ops.sum(ops.where(is_token, scores * by_token, 0.0), axis=0, keepdims=True)
+            by_expert = 1.0 / (self.num_experts * ops.maximum(columns, _TINY))
+        return ops.where(is_token, scores * by_token * by_expert, 0.0)
+
+    def get_config(self) -> Config:
+        config = super().get_config()
+        del config["balance_weight"]
+        return {**config, "iterations": self.iterations}
