@@ -62,8 +62,7 @@ class DSelectKRouter(Router):
         kernel_initializer: InitializerLike = None,
         **kwargs: Any,
     ) -> None:
-        for name in ("balance_weight", "z_loss_weight"):
-            kwargs[name] = 0.0
+        kwargs["balance_weight"] = kwargs["z_loss_weight"] = 0.0
         gamma = _checks.positive("gamma", gamma)
         if kernel_initializer is None:
             near = gamma / 100.0

@@ -16,8 +16,7 @@ class _FixedRouter(Router):
     """A router that learns nothing: no kernel, no losses, equal weights."""
 
     def __init__(self, num_experts: int, top_k: int, **kwargs: Any) -> None:
-        for name in ("balance_weight", "z_loss_weight"):
-            kwargs[name] = 0.0
+        kwargs["balance_weight"] = kwargs["z_loss_weight"] = 0.0
         super().__init__(num_experts, top_k, **kwargs)
 
     def _record(self, experts: Tensor, logits: Tensor, mask: Tensor | None) -> Routing:
@@ -43,15 +42,18 @@ class HashRouter(_FixedRouter):
     Args:
         num_experts: Positive integer, the number of experts E.
         top_k: Integer between 1 and `num_experts`. Defaults to `1` (the paper's).
-        **kwargs: `seed`, an optional integer from which R is drawn.
+        seed: Optional integer from which R, and the draws of `RandomRouter`, come. Defaults to
+            `None`.
 
     Reference:
         Roller et al. 2021, "Hash Layers For Large Sparse Models", which hashes token ids; Andoni
         et al. 2015, "Practical and Optimal LSH for Angular Distance", section 3 (the hash).
     """
 
-    def __init__(self, num_experts: int, top_k: int = 1, **kwargs: Any) -> None:
-        super().__init__(num_experts, top_k, **kwargs)
+    def __init__(
+        self, num_experts: int, top_k: int = 1, *, seed: int | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(num_experts, top_k, seed=seed, **kwargs)
 
     def build(self, input_shape: Any) -> None:
         seed = derived_seed(self.seed, "router/projection")
@@ -78,7 +80,7 @@ class RandomRouter(HashRouter):
     Args:
         num_experts: Positive integer, the number of experts E.
         top_k: Integer between 1 and `num_experts`. Defaults to `1`.
-        **kwargs: `seed`, an optional integer, seed of the draws.
+        seed: Optional integer, seed of the draws. Defaults to `None`.
 
     Reference:
         Zuo et al. 2022, "Taming Sparsely Activated Transformer with Stochastic Experts" (THOR),
@@ -103,7 +105,6 @@ class UniformRouter(_FixedRouter):
 
     Args:
         num_experts: Positive integer, the number of experts E.
-        **kwargs: None that matter.
     """
 
     def __init__(self, num_experts: int, **kwargs: Any) -> None:

@@ -42,7 +42,7 @@ class SigmoidBiasRouter(TopKRouter):
         balance_weight: Coefficient of the balance loss, on each expert's share of a token's scores.
             Defaults to `0.0`: the bias balances.
         z_loss_weight: Coefficient of the router z-loss. Defaults to `0.0`.
-        **kwargs: Arguments of `Router`: `jitter`, `kernel_initializer`, `kernel_regularizer`,
+        **kwargs: Arguments of `TopKRouter`: `jitter`, `kernel_initializer`, `kernel_regularizer`,
             `kernel_constraint`, `seed`.
 
     Raises:
