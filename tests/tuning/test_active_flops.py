@@ -731,10 +731,14 @@ def test_equals_the_products_that_jax_traces_and_nearly_all_of_what_xla_counts(n
 
 @on_torch
 @pytest.mark.parametrize("name", COMPARED)
-def test_equals_what_torch_counts(name):
+def test_equals_what_torch_counts(name, monkeypatch):
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
+    from keras_moe.dispatch import costs
+
+    # In slots, as on a GPU: the counter does not see a walk, which writes its products in place.
+    monkeypatch.setitem(costs._WALK_FROM, "torch", float("inf"))
     model, x = make_compared(name)
     x = ops.convert_to_tensor(x)
     # Of the fused kernels of attention the counter knows only those of CUDA.
