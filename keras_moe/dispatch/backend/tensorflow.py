@@ -418,11 +418,16 @@ _ON_BLOCKS = (_blocks_forward, _blocks_backward)
 
 
 def computed_once(tensor: Tensor) -> Tensor:
-    """A tensor without gradient that XLA may not compute anew for each of its readers."""
+    """A tensor that XLA may not compute anew for each of its readers."""
     if not _is_under_xla():
         return tensor
-    (kept,) = xla.optimization_barrier(tensor)
-    return kept
+
+    @tf.custom_gradient
+    def keep(tensor: Tensor) -> Any:
+        (kept,) = xla.optimization_barrier(tensor)
+        return kept, lambda upstream: upstream
+
+    return keep(tensor)
 
 
 def is_on_cpu(tensor: Tensor) -> bool:
