@@ -44,8 +44,8 @@ docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict
 
 # What runs on every backend, once per backend, each in a process of its own.
-CORE_TESTS := tests/callbacks tests/dispatch tests/layers tests/models tests/oracle tests/parity tests/plots tests/routers \
-	tests/tuning tests/examples/test_image_classification.py tests/examples/test_tune_moe.py
+CORE_TESTS := tests/callbacks tests/dispatch tests/layers tests/models tests/oracle tests/parity \
+	tests/plots tests/routers tests/tuning tests/examples/test_image_classification.py tests/examples/test_tune_moe.py
 
 test-jax test-tensorflow test-torch: test-%: $(VENV)/.dev
 	KERAS_BACKEND=$* $(PYTEST) $(CORE_TESTS)

@@ -15,7 +15,8 @@ class Routing(NamedTuple):
     Attributes:
         experts: int32 `(N, k)`, the chosen experts, best first.
         weights: float32 `(N, k)`, the weight of each chosen expert's output.
-        kept: bool `(N, k)`, False for padding and for assignments dropped for lack of capacity.
+        kept: bool `(N, k)`, False for padding, for assignments dropped for lack of capacity, and,
+            where their number varies, for experts that a token does not take.
         logits: float32 `(N, E)`, the router's raw scores.
         load: float32 `(E,)`, assignments per expert, padding excluded, counted before drops.
         losses: the auxiliary losses by name, float32 scalars before their coefficients.

@@ -10,11 +10,11 @@ from keras_moe.types import Tensor
 
 @keras.saving.register_keras_serializable(package="keras_moe")
 class ExpertChoiceCarrier(Carrier):
-    """Gives every expert the C tokens that weigh it most, of each group: E C rows, all filled.
+    """Gives every expert the C tokens that weigh it most, of each group: E C rows.
 
     It takes the record of a router that rates all experts, `(N, E)`. A token may be chosen by any
-    number of experts, and adds exactly 0 where by none. Tokens come back by a sum over segments,
-    whose order on a GPU is the platform's.
+    number of experts, and adds exactly 0 where by none; padding fills no slot. Tokens come back by
+    a sum over segments, whose order on a GPU is the platform's.
     """
 
     name = "expert_choice"

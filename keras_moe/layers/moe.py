@@ -64,7 +64,8 @@ class MoE(ExpertFeedForward):
             unweighted. Defaults to `0`.
         capacity_factor: Positive float or None. Slots per expert C =
             ceil(capacity_factor * k * N / E), N the tokens of the capacity group, padding included;
-            what does not fit is dropped. None drops nothing. Defaults to `None`.
+            what does not fit is dropped. None drops nothing; where experts choose their tokens it
+            is 1. Defaults to `None`.
         eval_capacity_factor: The same at inference; None for the same as in training. Defaults to
             `None`.
         output_dim: Positive integer, the output width; None for the inputs' width d. Defaults to

@@ -109,7 +109,7 @@ def named_layers(model: Any) -> list[tuple[str, Any]]:
     return unique_names(mixture_layers(model))
 
 
-def gates_of(record: dict[str, Any], num_experts: int) -> Any:
-    """The kept weights of a sparse layer's experts, `(..., E)`, 0 for the others."""
+def takers_of(record: dict[str, Any], num_experts: int) -> Any:
+    """Which experts of a sparse layer take a token, bool `(..., E)`: none that dropped it."""
     chosen = record["experts"][..., None] == np.arange(num_experts)
-    return (chosen * record["kept"][..., None]).any(axis=-2)
+    return (chosen & record["kept"][..., None]).any(axis=-2)

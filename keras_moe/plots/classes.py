@@ -7,13 +7,13 @@ import numpy as np
 
 from keras_moe import _checks
 from keras_moe.plots._canvas import (
-    gates_of,
     heat_map,
     named_layers,
     new_figure,
     numbered,
     one_layer,
     records_of,
+    takers_of,
 )
 
 
@@ -45,16 +45,16 @@ def class_by_expert(
     found = records_of(model, x, batch_size, ("experts", "kept"))
     name, record = one_layer(found, layer, "a layer that sends tokens to experts")
     num_experts = dict(named_layers(model))[name].num_experts
-    gates = gates_of(record, num_experts)
+    taken = takers_of(record, num_experts)
     labels = np.asarray(y).reshape(-1)
-    if len(labels) != len(gates) or not np.issubdtype(labels.dtype, np.integer):
+    if len(labels) != len(taken) or not np.issubdtype(labels.dtype, np.integer):
         _checks.fail(
-            f"`y` must have one integer class for each of {len(gates)} examples.",
+            f"`y` must have one integer class for each of {len(taken)} examples.",
             shape=np.asarray(y).shape,
         )
-    gates = gates.reshape(len(gates), -1, num_experts).sum(axis=1)
+    taken = taken.reshape(len(taken), -1, num_experts).sum(axis=1)
     classes = list(range(labels.max() + 1 if class_names is None else len(class_names)))
-    used = np.array([gates[labels == each].sum(axis=0) for each in classes], dtype=np.float64)
+    used = np.array([taken[labels == each].sum(axis=0) for each in classes], dtype=np.float64)
     shares = used / np.maximum(used.sum(axis=1, keepdims=True), 1e-12)
     rows = numbered(len(classes)) if class_names is None else list(class_names)
     figure = new_figure(max(6.0, 0.45 * num_experts + 3.0), 0.35 * len(rows) + 1.8)

@@ -8,12 +8,12 @@ import numpy as np
 
 from keras_moe import _checks
 from keras_moe.plots._canvas import (
-    gates_of,
     heat_map,
     named_layers,
     new_figure,
     numbered,
     records_of,
+    takers_of,
 )
 
 
@@ -34,8 +34,8 @@ def expert_load(model: Any, x: Any, *, batch_size: int = 256) -> Any:
     sizes = {name: layer.num_experts for name, layer in named_layers(model)}
     shares = {}
     for name, record in records_of(model, x, batch_size, ("experts", "kept")).items():
-        gates = gates_of(record, sizes[name]).reshape(-1, sizes[name])
-        shares[name] = gates.mean(axis=0) / max(gates.mean(), 1e-12)
+        taken = takers_of(record, sizes[name]).reshape(-1, sizes[name])
+        shares[name] = taken.mean(axis=0) / max(taken.mean(), 1e-12)
     if not shares:
         _checks.fail("`model` must have a layer that sends tokens to experts.", model=model.name)
     most = max(len(row) for row in shares.values())

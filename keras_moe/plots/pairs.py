@@ -6,13 +6,13 @@ import numpy as np
 from keras import ops
 
 from keras_moe.plots._canvas import (
-    gates_of,
     heat_map,
     named_layers,
     new_figure,
     numbered,
     one_layer,
     records_of,
+    takers_of,
 )
 
 
@@ -35,8 +35,8 @@ def coactivation(model: Any, x: Any, *, layer: str | None = None, batch_size: in
     found = records_of(model, x, batch_size, ("experts", "kept"))
     name, record = one_layer(found, layer, "a layer that sends tokens to experts")
     num_experts = dict(named_layers(model))[name].num_experts
-    gates = gates_of(record, num_experts).reshape(-1, num_experts).astype(np.float64)
-    together = gates.T @ gates
+    taken = takers_of(record, num_experts).reshape(-1, num_experts).astype(np.float64)
+    together = taken.T @ taken
     shares = together / np.maximum(np.diag(together)[:, None], 1.0)
     np.fill_diagonal(shares, np.nan)
     return _matrix(shares, numbered(num_experts), "share of the row's tokens", f"Together: {name}")

@@ -5,7 +5,7 @@ from keras_moe.routers.batch_priority import BatchPriorityRouter
 from keras_moe.routers.dense import DenseRouter
 from keras_moe.routers.dselect_k import DSelectKRouter
 from keras_moe.routers.expert_choice import ExpertChoiceRouter
-from keras_moe.routers.hash import HashRouter, RandomRouter, UniformRouter
+from keras_moe.routers.fixed import HashRouter, RandomRouter, UniformRouter
 from keras_moe.routers.noisy_top_k import NoisyTopKRouter
 from keras_moe.routers.registry import get
 from keras_moe.routers.relu import ReLURouter

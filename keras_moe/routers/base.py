@@ -103,7 +103,7 @@ class Router(keras.layers.Layer):
 
         Args:
             logits: float32 `(N, E)`.
-            probabilities: float32 `(N, E)`, softmax of the logits.
+            probabilities: float32 `(N, E)`, what `probabilities` gives: softmax of the logits.
         """
         raise NotImplementedError(f"{type(self).__name__} must implement `choose`.")
 

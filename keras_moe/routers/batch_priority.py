@@ -8,14 +8,14 @@ from keras import ops
 from keras_moe import _checks
 from keras_moe._numerics import normal_cdf, softmax
 from keras_moe.routers import losses
-from keras_moe.routers.base import Router
+from keras_moe.routers.noisy import NoisyRouter
 from keras_moe.routers.selection import select_top_k
 from keras_moe.routing import Routing
 from keras_moe.types import Config, Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
-class BatchPriorityRouter(Router):
+class BatchPriorityRouter(NoisyRouter):
     """Top-k in which the tokens that the router is surest of get the slots first.
 
     p = softmax(x W + eps), eps ~ N(0, noise_std^2) in training, 0 otherwise; experts = the k
@@ -45,8 +45,6 @@ class BatchPriorityRouter(Router):
         and appendix A; its `capacity_factor` is 1.05 in training.
     """
 
-    draws_noise = True
-
     def __init__(
         self,
         num_experts: int,
@@ -58,19 +56,15 @@ class BatchPriorityRouter(Router):
         z_loss_weight: float = 0.0,
         **kwargs: Any,
     ) -> None:
-        kwargs["balance_weight"] = 0.0  # importance and load do that
-        super().__init__(num_experts, top_k, z_loss_weight=z_loss_weight, **kwargs)
+        super().__init__(
+            num_experts,
+            top_k,
+            importance_weight=importance_weight,
+            load_weight=load_weight,
+            z_loss_weight=z_loss_weight,
+            **kwargs,
+        )
         self.noise_std = _checks.optional(_checks.non_negative, "noise_std", noise_std)
-        self.importance_weight = _checks.non_negative("importance_weight", importance_weight)
-        self.load_weight = _checks.non_negative("load_weight", load_weight)
-
-    @property
-    def loss_weights(self) -> dict[str, float]:
-        return {
-            **super().loss_weights,
-            "importance": self.importance_weight,
-            "load": self.load_weight,
-        }
 
     def call(
         self, inputs: Tensor, mask: Tensor | None = None, training: bool | None = None
@@ -79,16 +73,15 @@ class BatchPriorityRouter(Router):
         std = 1.0 / self.num_experts if self.noise_std is None else self.noise_std
         noisy = clean
         if training and std:
-            noise = keras.random.normal(ops.shape(clean), dtype="float32", seed=self.seed_generator)
-            noisy = clean + noise * std
+            noisy = self._noisy(clean, std)
         experts = select_top_k(noisy, self.top_k)
         weights = ops.take_along_axis(softmax(noisy), experts, axis=-1)
         load = ops.zeros((), dtype="float32")
         if std:
             threshold = ops.take_along_axis(noisy, experts[:, -1:], axis=-1)
-            load = losses.load_loss(normal_cdf((clean - threshold) / std), mask)
+            load = losses.cv_squared(normal_cdf((clean - threshold) / std), mask)
         probabilities = self.probabilities(clean)
-        importance = losses.importance_loss(probabilities, mask)
+        importance = losses.cv_squared(probabilities, mask)
         return self.record(
             experts,
             weights,
@@ -102,11 +95,4 @@ class BatchPriorityRouter(Router):
         return routing.weights[:, 0]  # the largest
 
     def get_config(self) -> Config:
-        config = super().get_config()
-        del config["balance_weight"]
-        return {
-            **config,
-            "noise_std": self.noise_std,
-            "importance_weight": self.importance_weight,
-            "load_weight": self.load_weight,
-        }
+        return {**super().get_config(), "noise_std": self.noise_std}

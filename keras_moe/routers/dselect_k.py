@@ -12,6 +12,7 @@ from keras_moe._numerics import softmax
 from keras_moe.initializers import FiniteInitializer
 from keras_moe.routers.base import Router
 from keras_moe.routers.losses import masked_sum, token_count
+from keras_moe.routers.selection import all_experts
 from keras_moe.routing import Routing
 from keras_moe.types import Config, InitializerLike, Tensor
 
@@ -112,16 +113,13 @@ class DSelectKRouter(Router):
         weights = mixed[:, : self.num_experts]
         is_used = ops.logical_not(weights <= 0)  # so that a NaN is seen
         logits = ops.log(ops.where(is_used, weights, _TINY))
-        experts = ops.arange(self.num_experts, dtype="int32") + ops.zeros_like(
-            weights, dtype="int32"
-        )
         logs = ops.log(ops.where(shares > 0, shares, 1.0))  # 0 log 0 is 0, with gradient 0
         entropy = -ops.sum(shares * logs, axis=(1, 2))
         valid = ops.sum(shares[:, :, : self.num_experts], axis=-1)
         unused = ops.sum(1.0 / ops.maximum(valid, 1e-6), axis=-1)
         count = token_count(inputs, mask)
         return self.record(
-            experts,
+            all_experts(weights),
             weights,
             logits,
             self.probabilities(logits),

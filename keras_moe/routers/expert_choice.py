@@ -3,10 +3,10 @@
 from typing import Any
 
 import keras
-from keras import ops
 
 from keras_moe import _checks
 from keras_moe.routers.base import Router
+from keras_moe.routers.selection import all_experts
 from keras_moe.types import Config, Tensor
 
 
@@ -49,10 +49,7 @@ class ExpertChoiceRouter(Router):
         )
 
     def choose(self, logits: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
-        experts = ops.arange(self.num_experts, dtype="int32") + ops.zeros_like(
-            logits, dtype="int32"
-        )
-        return experts, probabilities
+        return all_experts(logits), probabilities
 
     def get_config(self) -> Config:
         config = super().get_config()

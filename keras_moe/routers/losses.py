@@ -6,7 +6,6 @@ the denominator, and an all-padding batch costs exactly 0.
 
 from keras import ops
 
-from keras_moe._numerics import entropy
 from keras_moe.types import Tensor
 
 
@@ -69,58 +68,25 @@ def z_loss(logits: Tensor, mask: Tensor | None) -> Tensor:
     return masked_sum(per_token, mask) / token_count(logits, mask)
 
 
-def cv_squared(amounts: Tensor) -> Tensor:
-    """The squared coefficient of variation of `(E,)`: variance / mean^2, 0 where all are equal.
+def cv_squared(amounts: Tensor, mask: Tensor | None) -> Tensor:
+    """The squared coefficient of variation over the experts of what all tokens give them.
 
-    Not (standard deviation / mean)^2, whose gradient is NaN at perfect balance (V-MoE).
+    The importance loss, of the experts' weights, and the load loss, of their chances to be chosen:
+    variance / mean^2, 0 where all experts get as much. Not (standard deviation / mean)^2, whose
+    gradient is NaN at perfect balance (V-MoE).
+
+    Args:
+        amounts: float32 `(N, E)`.
+        mask: bool `(N,)`, False at padding, or None.
+
+    Returns:
+        A float32 scalar.
+
+    Reference:
+        Shazeer et al. 2017, "Outrageously Large Neural Networks", equations 6 to 11.
     """
-    mean = ops.mean(amounts)
-    variance = ops.mean(ops.square(amounts - mean))
+    total = masked_sum(amounts, mask)
+    mean = ops.mean(total)
+    variance = ops.mean(ops.square(total - mean))
     # All is 0 where every token is padding, and then so is the loss.
     return variance / ops.maximum(ops.square(mean), 1e-20)
-
-
-def importance_loss(weights: Tensor, mask: Tensor | None) -> Tensor:
-    """CV^2 of the experts' importance, the sum of their weights over the tokens.
-
-    Args:
-        weights: float32 `(N, E)`, 0 for experts that were not chosen, or a softmax over all.
-        mask: bool `(N,)`, False at padding, or None.
-
-    Returns:
-        A float32 scalar.
-
-    Reference:
-        Shazeer et al. 2017, "Outrageously Large Neural Networks", equations 6 and 7.
-    """
-    return cv_squared(masked_sum(weights, mask))
-
-
-def load_loss(chances: Tensor, mask: Tensor | None) -> Tensor:
-    """CV^2 of the experts' smooth load: the chance of each to be chosen if its noise was redrawn.
-
-    Args:
-        chances: float32 `(N, E)`.
-        mask: bool `(N,)`, False at padding, or None.
-
-    Returns:
-        A float32 scalar.
-
-    Reference:
-        Shazeer et al. 2017, "Outrageously Large Neural Networks", equations 8 to 11.
-    """
-    return cv_squared(masked_sum(chances, mask))
-
-
-def entropy_loss(logits: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean over tokens of the entropy of softmax(logits), in nats.
-
-    Args:
-        logits: float32 `(N, E)`.
-        mask: bool `(N,)`, False at padding, or None.
-
-    Returns:
-        A float32 scalar. With a positive coefficient routers become sure, with a negative one they
-        explore.
-    """
-    return masked_sum(entropy(logits), mask) / token_count(logits, mask)

@@ -5,20 +5,19 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_moe import _checks
 from keras_moe._numerics import normal_cdf, softmax
 from keras_moe.initializers import FiniteInitializer
 from keras_moe.routers import losses
-from keras_moe.routers.base import Router
+from keras_moe.routers.noisy import NoisyRouter
 from keras_moe.routers.selection import select_top_k, spread
 from keras_moe.routing import Routing
-from keras_moe.types import Config, InitializerLike, Tensor
+from keras_moe.types import InitializerLike, Tensor
 
 _LEAST_NOISE = 1e-2  # as in the authors' tensor2tensor: a width of 0 would be divided by
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
-class NoisyTopKRouter(Router):
+class NoisyTopKRouter(NoisyRouter):
     """Each token goes to k experts, chosen in training under noise whose width is learned.
 
     h_i = (x W)_i + N(0, 1) * std_i, std_i = softplus((x W_noise)_i) + 0.01; experts = the k largest
@@ -45,8 +44,6 @@ class NoisyTopKRouter(Router):
         Shazeer et al. 2017, "Outrageously Large Neural Networks", section 2.1 and appendix A.
     """
 
-    draws_noise = True
-
     def __init__(
         self,
         num_experts: int,
@@ -58,24 +55,15 @@ class NoisyTopKRouter(Router):
         kernel_initializer: InitializerLike = "zeros",
         **kwargs: Any,
     ) -> None:
-        kwargs["balance_weight"] = 0.0  # importance and load do that
         super().__init__(
             num_experts,
             top_k,
+            importance_weight=importance_weight,
+            load_weight=load_weight,
             z_loss_weight=z_loss_weight,
             kernel_initializer=kernel_initializer,
             **kwargs,
         )
-        self.importance_weight = _checks.non_negative("importance_weight", importance_weight)
-        self.load_weight = _checks.non_negative("load_weight", load_weight)
-
-    @property
-    def loss_weights(self) -> dict[str, float]:
-        return {
-            **super().loss_weights,
-            "importance": self.importance_weight,
-            "load": self.load_weight,
-        }
 
     def build(self, input_shape: Any) -> None:
         super().build(input_shape)
@@ -95,8 +83,7 @@ class NoisyTopKRouter(Router):
         std = ops.softplus(ops.matmul(inputs, self.noise_kernel)) + _LEAST_NOISE
         noisy = clean
         if training:
-            noise = keras.random.normal(ops.shape(clean), dtype="float32", seed=self.seed_generator)
-            noisy = clean + noise * std
+            noisy = self._noisy(clean, std)
         ranked = select_top_k(noisy, min(self.top_k + 1, self.num_experts))
         experts = ranked[:, : self.top_k]
         values = ops.take_along_axis(noisy, ranked, axis=-1)
@@ -112,7 +99,7 @@ class NoisyTopKRouter(Router):
             self.probabilities(clean),
             mask,
             more_losses={
-                "importance": losses.importance_loss(gates, mask),
+                "importance": losses.cv_squared(gates, mask),
                 "load": self._load_loss(clean, std, values, experts, mask),
             },
         )
@@ -127,13 +114,4 @@ class NoisyTopKRouter(Router):
         is_chosen = spread(ones, experts, self.num_experts) > 0
         # Without a chosen expert, the k-th largest of the rest is the one after the k.
         threshold = ops.where(is_chosen, values[:, self.top_k :], values[:, self.top_k - 1, None])
-        return losses.load_loss(normal_cdf((clean - threshold) / std), mask)
-
-    def get_config(self) -> Config:
-        config = super().get_config()
-        del config["balance_weight"]
-        return {
-            **config,
-            "importance_weight": self.importance_weight,
-            "load_weight": self.load_weight,
-        }
+        return losses.cv_squared(normal_cdf((clean - threshold) / std), mask)

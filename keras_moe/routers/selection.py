@@ -39,6 +39,11 @@ def select_top_k(scores: Tensor, top_k: int) -> Tensor:
     return ops.stack(chosen, axis=-1)
 
 
+def all_experts(scores: Tensor) -> Tensor:
+    """Every expert for every row of `(N, E)` scores, int32 `(N, E)`."""
+    return ops.arange(scores.shape[-1], dtype="int32") + ops.zeros_like(scores, dtype="int32")
+
+
 def scaled_to_one(weights: Tensor) -> Tensor:
     """Divides non-negative weights by their sum over the last axis; all 0 where all are.
 

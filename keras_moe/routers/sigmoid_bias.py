@@ -6,7 +6,7 @@ import keras
 from keras import ops
 
 from keras_moe import _checks
-from keras_moe.routers.selection import scaled_to_one, select_top_k
+from keras_moe.routers.selection import select_top_k
 from keras_moe.routers.top_k import TopKRouter
 from keras_moe.routing import Routing
 from keras_moe.types import Config, Tensor
@@ -125,12 +125,12 @@ class SigmoidBiasRouter(TopKRouter):
         return routing
 
     def choose(self, logits: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
-        scores = ops.sigmoid(logits) if self.score == "sigmoid" else probabilities
-        experts = select_top_k(self._within_groups(scores + self.bias), self.top_k)
-        weights = ops.take_along_axis(scores, experts, axis=-1)  # the bias weighs nothing
-        if self.normalize and self.top_k > 1:
-            weights = scaled_to_one(weights)
+        experts, weights = super().choose(logits, probabilities)
         return experts, self.routed_scale * weights
+
+    def _ranked_by(self, logits: Tensor, scores: Tensor) -> Tensor:
+        del logits
+        return self._within_groups(scores + self.bias)  # the bias chooses, and weighs nothing
 
     def _within_groups(self, scores: Tensor) -> Tensor:
         """-inf for experts out of a token's reach; not 0, which a negative bias falls below."""

@@ -64,12 +64,17 @@ class TopKRouter(Router):
         return scaled_to_one(ops.sigmoid(logits))
 
     def choose(self, logits: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
-        experts = select_top_k(logits, self.top_k)
         scores = probabilities if self.score == "softmax" else ops.sigmoid(logits)
+        experts = select_top_k(self._ranked_by(logits, scores), self.top_k)
         weights = ops.take_along_axis(scores, experts, axis=-1)
         if self.normalize and self.top_k > 1:
             weights = scaled_to_one(weights)
         return experts, weights
+
+    def _ranked_by(self, logits: Tensor, scores: Tensor) -> Tensor:
+        """What the k largest are taken of: logits, in whose place scores may round to ties."""
+        del scores
+        return logits
 
     def get_config(self) -> Config:
         return {**super().get_config(), "normalize": self.normalize, "score": self.score}

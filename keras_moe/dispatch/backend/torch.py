@@ -103,9 +103,12 @@ class _GroupedLinear(torch.autograd.Function):
         needs_inputs, needs_weights = ctx.needs_input_grad[0], any(ctx.needs_input_grad[3:])
         upstream = tuple(each.contiguous() for each in upstream)
         total = upstream[0].shape[0]
-        by_rows = _empty_with_zero_tail(inputs, total, inputs.shape[1], ctx.bounds)
-        by_kernels = [_zeros_where_idle(kernel, ctx.bounds) for kernel in kernels]
-        by_biases = [_zeros_where_idle(bias, ctx.bounds) for bias in biases]
+        by_inputs = None
+        weights = (*kernels, *biases)
+        by_weights = [_zeros_where_idle(each, ctx.bounds) for each in weights if needs_weights]
+        by_kernels, by_biases = by_weights[: ctx.count], by_weights[ctx.count :]
+        if needs_inputs:
+            by_rows = _empty_with_zero_tail(inputs, total, inputs.shape[1], ctx.bounds)
         for expert, start, end in _busy(ctx.bounds):
             parts = [each[start:end] for each in upstream]
             if needs_inputs:
@@ -118,10 +121,9 @@ class _GroupedLinear(torch.autograd.Function):
                     torch.mm(rows.T, part, out=by_kernel[expert])
                 for part, by_bias in zip(parts, by_biases, strict=False):
                     torch.sum(part, dim=0, out=by_bias[expert])
-        by_inputs = None
         if needs_inputs:
             by_inputs = _sums(by_rows, slots[1]) if slots else by_rows
-        return by_inputs, None, None, *[None] * len(slots), *by_kernels, *by_biases
+        return by_inputs, None, None, *[None] * len(slots), *(by_weights or [None] * len(weights))
 
 
 class _LinearCombine(torch.autograd.Function):

@@ -7,7 +7,7 @@ from keras import ops
 
 from keras_moe.initializers import derived_seed
 from keras_moe.routers.base import Router
-from keras_moe.routers.selection import select_top_k
+from keras_moe.routers.selection import all_experts, select_top_k
 from keras_moe.routing import Routing
 from keras_moe.types import Config, Tensor
 
@@ -116,9 +116,8 @@ class UniformRouter(_FixedRouter):
     def call(
         self, inputs: Tensor, mask: Tensor | None = None, training: bool | None = None
     ) -> Routing:
-        shape = (ops.shape(inputs)[0], self.num_experts)
-        experts = ops.broadcast_to(ops.arange(self.num_experts, dtype="int32"), shape)
-        return self._record(experts, ops.zeros(shape, dtype="float32"), mask)
+        logits = ops.zeros((ops.shape(inputs)[0], self.num_experts), dtype="float32")
+        return self._record(all_experts(logits), logits, mask)
 
     def get_config(self) -> Config:
         config = super().get_config()
