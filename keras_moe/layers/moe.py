@@ -270,11 +270,6 @@ class MoE(ExpertFeedForward):
             output_dim = self._output_width(width)
             self.shared_experts = self._mlp(self.num_shared_experts, output_dim, "shared_experts")
             self.shared_experts.build((1, None, width))
-        if self.router.sequence_balance_weight and len(input_shape) < 3:
-            _checks.fail(
-                "`sequence_balance_weight` needs inputs of sequences, (batch, ..., d).",
-                shape=tuple(input_shape),
-            )
         self._counts = RoutingCounts(self, self.num_experts)
 
     # === The forward pass ===

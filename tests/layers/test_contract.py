@@ -89,14 +89,21 @@ CASES = {
         is_rowwise=False,
         is_batchwise=False,
     ),
-    "moe_no_token_left_dropless_carrier": Case(
+    "moe_no_token_left_ample": Case(
         layers.MoE,
-        {"num_experts": 4, "hidden_dim": 8, "router": "no_token_left", "top_k": 1},
+        {
+            "num_experts": 4,
+            "hidden_dim": 8,
+            "router": {
+                "module": "keras_moe.routers.no_token_left",
+                "class_name": "NoTokenLeftRouter",
+                "config": {"num_experts": 4, "top_k": 2, "capacity_factor": 4.0},
+                "registered_name": "keras_moe>NoTokenLeftRouter",
+            },
+        },
         5,
         2,
         losses=2,
-        is_rowwise=False,
-        is_batchwise=False,
     ),
     "moe_all_losses": Case(
         layers.MoE,

@@ -190,6 +190,9 @@ def test_sequences_are_examples_whatever_the_rank():
     (_, routing), _ = helpers.call(layer, x, return_routing=True)
     (_, flat), _ = helpers.call(layer, x.reshape(2, 12, D), return_routing=True)
     assert routing.losses["sequence_balance"] == pytest.approx(flat.losses["sequence_balance"])
+    (_, single), _ = helpers.call(layer, x.reshape(24, D), return_routing=True)
+    (_, sole), _ = helpers.call(layer, x.reshape(24, 1, D), return_routing=True)
+    assert single.losses["sequence_balance"] == pytest.approx(sole.losses["sequence_balance"])
     (_, mixed), _ = helpers.call(layer, x.reshape(4, 6, D), return_routing=True)
     assert mixed.losses["sequence_balance"] != pytest.approx(flat.losses["sequence_balance"])
 
@@ -197,10 +200,6 @@ def test_sequences_are_examples_whatever_the_rank():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (
-            lambda: layers.MoE(4, 5, router=routers.TopKRouter(4, **ALL)).build((None, D)),
-            "`sequence_balance_weight` needs inputs of sequences",
-        ),
         (
             lambda: layers.MoE(4, 5, router=routers.TopKRouter(4, **ALL), routing_level="example"),
             "'token' where there is a `sequence_balance_weight`",
