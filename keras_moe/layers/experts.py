@@ -8,6 +8,7 @@ import keras
 from keras import ops
 
 from keras_moe import _checks
+from keras_moe._seeds import SavesSeed
 from keras_moe.constraints import per_expert
 from keras_moe.dispatch import Stage, backend
 from keras_moe.initializers import PerExpertInitializer
@@ -28,7 +29,7 @@ _MANY_ROWS = 512  # from here on a plain matmul per expert beats a batched one o
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
-class ExpertMLP(keras.layers.Layer):
+class ExpertMLP(SavesSeed):
     """E multilayer perceptrons with stacked weights, run as one batched matmul per layer.
 
     Many rows that all experts read are run expert by expert on a CPU, where that is faster.

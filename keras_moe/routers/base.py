@@ -7,13 +7,14 @@ from keras import ops
 
 from keras_moe import _checks
 from keras_moe._numerics import softmax
+from keras_moe._seeds import SavesSeed
 from keras_moe.initializers import FiniteInitializer
 from keras_moe.routers import losses
 from keras_moe.routing import Routing
 from keras_moe.types import Config, ConstraintLike, InitializerLike, RegularizerLike, Tensor
 
 
-class Router(keras.layers.Layer):
+class Router(SavesSeed):
     """Base of token-choice routers: tokens `(N, d)` in, a `Routing` out.
 
     logits = tokens @ kernel, in float32 whatever the dtype policy (there is no bias). A subclass

@@ -7,6 +7,7 @@ from keras import ops
 
 from keras_moe import _checks
 from keras_moe._numerics import softmax
+from keras_moe._seeds import SavesSeed
 from keras_moe.constraints import per_expert
 from keras_moe.initializers import PerExpertInitializer
 from keras_moe.routing import GateRouting
@@ -14,7 +15,7 @@ from keras_moe.types import Config, ConstraintLike, InitializerLike, Regularizer
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
-class SoftmaxGate(keras.layers.Layer):
+class SoftmaxGate(SavesSeed):
     """All tasks' gates as one matmul, in float32: weights[n,t,:] = softmax(x[n,:] @ kernel[t]).
 
     Args:
