@@ -1,5 +1,7 @@
 """The traps that caught other implementations; each test's docstring says who was caught."""
 
+import warnings
+
 import keras
 import numpy as np
 import pytest
@@ -317,6 +319,27 @@ def test_top_1_gate_gives_the_router_a_gradient(router):
     assert (routing.weights < 0.9999).any()
 
 
+@pytest.mark.parametrize("size", [1.0, 1e-3, 1e-6])
+def test_small_sigmoid_scores_cheat_no_loss(size):
+    """Megatron #1545: an eps added to their sum lets a router lower its losses with its scores."""
+    router = routers.TopKRouter(4, 2, score="sigmoid", **SIGMOID_LOSSES)
+    router.build((None, D))
+    # Logits far below 0: the scores are about `size`, in the same proportions.
+    x = np.ones((6, D), "float32")
+    kernel = np.tile(np.log(size) + np.log([0.4, 0.3, 0.2, 0.1]), (D, 1)) / D
+    router.kernel.assign(kernel.astype("float32"))
+    routing, _ = helpers.call(router, x)
+    scores = 1.0 / (1.0 + np.exp(-kernel.sum(axis=0)))
+    shares = scores / scores.sum()
+    np.testing.assert_allclose(routing.weights.sum(axis=-1), 1.0, rtol=1e-5)
+    # All tokens choose experts 0 and 1.
+    assert routing.losses["balance"] == pytest.approx(4 * shares[:2].sum() / 2, rel=1e-4)
+    assert routing.losses["sequence_balance"] == pytest.approx(routing.losses["balance"], rel=1e-5)
+
+
+SIGMOID_LOSSES = {"sequence_balance_weight": 1.0, "z_loss_weight": 0.0}
+
+
 # === Gradients that are not NaN ===
 
 FINITE = {
@@ -494,6 +517,45 @@ def test_sums_over_k_are_float32(policy, step, carrier):
     weights["experts/bias_1"].assign(bias)
     outputs, _ = helpers.call(layer, tokens(3))
     np.testing.assert_allclose(outputs.astype("float32"), 8 * step / 9, rtol=0.01)
+
+
+def test_int8_quantisation_leaves_the_router_alone():
+    """KerasHub quantises the router, whose choices then change, and skips the experts.
+
+    `Model.quantize` finds experts that are Keras layers; banks have no int8 form yet.
+    """
+    inputs = keras.Input((D,))
+    layer = layers.MoE(3, experts=keras.layers.Dense(D), name="moe")
+    model = keras.Model(inputs, layer(inputs))
+    helpers.randomize_weights(layer)
+    x = tokens(16)
+    (_, before), _ = helpers.call(layer, x, return_routing=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the router has no int8 form
+        model.quantize("int8")
+    kernels = [expert.kernel for expert in layer.experts.experts]
+    assert {keras.backend.standardize_dtype(kernel.dtype) for kernel in kernels} == {"int8"}
+    (outputs, after), _ = helpers.call(layer, x, return_routing=True)
+    for name in ("experts", "weights", "logits"):
+        np.testing.assert_array_equal(getattr(after, name), getattr(before, name))
+    assert np.isfinite(outputs).all()
+
+
+# === Tests that can fail ===
+
+
+@pytest.mark.parametrize("path", ["router/kernel", "experts/kernel_0", "experts/bias_1"])
+def test_the_tolerance_can_fail(path):
+    """FastMoE compares gradients with a tolerance that nothing exceeds."""
+    layer, x = make(layers.MoE(3, 5)), tokens(7)
+    expected, _ = helpers.call(layer, x)
+    weight = next(v for v in layer.trainable_variables if helpers.path_of(layer, v) == path)
+    weight.assign(ops.convert_to_numpy(weight) * (1 + 2e-4))
+    outputs, _ = helpers.call(layer, x)
+    with pytest.raises(AssertionError, match="relative error"):
+        helpers.assert_close(outputs, expected, "outputs")
+    with pytest.raises(AssertionError, match="relative error"):
+        helpers.assert_close(outputs * np.nan, expected, "outputs")
 
 
 # === Bad tokens ===

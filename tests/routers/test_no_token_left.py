@@ -189,10 +189,9 @@ def test_a_token_that_is_not_finite_changes_no_other_row_of_weights():
     assert np.isnan(routing.weights[3]).all()
 
 
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="JAX shows its program")
 def test_rounds_do_not_unroll():
-    """The program of many experts is that of few: a loop, and k rounds of a maximum."""
-    if keras.backend.backend() != "jax":
-        pytest.skip("JAX shows its program")
+    """Placing many experts' tokens is the program of placing few: a loop."""
     import jax
 
     def size(num_experts):
