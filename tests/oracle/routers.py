@@ -234,6 +234,14 @@ def hashed(x, w, mask, noise, *, k, projection):
     return decision(chosen, np.full((len(x), k), 1.0 / k), logits, softmaxes(logits), mask)
 
 
+def dense(x, w, mask, noise):
+    """Jacobs et al. 1991, equation 1: all experts, by softmax. So does expert choice rate them
+    (Zhou et al. 2022, section 3.2), whose choice is the carrier's."""
+    logits = x @ w["kernel"]
+    chosen = np.tile(np.arange(logits.shape[1]), (len(x), 1))
+    return decision(chosen, softmaxes(logits), logits, softmaxes(logits), mask)
+
+
 def token_hash(x, w, mask, noise, *, k, num_experts, table, ids):
     """Roller et al. 2021, section 3: a fixed table of the ids' experts; equal weights."""
     chosen = [table[each % len(table)] for each in ids]

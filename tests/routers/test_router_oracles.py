@@ -140,6 +140,8 @@ CASES = {
     "dselect_2_of_8": dselect(2, 8),
     "dselect_2_narrow": dselect(2, gamma=1.0),
     "dselect_3_static": dselect(3, static=True),
+    "dense": Case(lambda: routers.DenseRouter(E), oracle.dense, {}),
+    "expert_choice": Case(lambda: routers.ExpertChoiceRouter(E, 2), oracle.dense, {}),
     "hash": Case(lambda: routers.HashRouter(E, 2, seed=3), oracle.hashed, {"k": 2}),
     "random": Case(lambda: routers.RandomRouter(E, 2, seed=3), oracle.hashed, {"k": 2}, True),
     "token_hash": Case(
