@@ -8,6 +8,7 @@ from keras_moe.plots.classes import class_by_expert
 from keras_moe.plots.load import expert_load, load_over_time
 from keras_moe.plots.pairs import coactivation, slot_similarity
 from keras_moe.plots.tasks import task_gates
+from keras_moe.plots.tokens import token_experts
 
 __all__ = [
     "class_by_expert",
@@ -16,4 +17,5 @@ __all__ = [
     "load_over_time",
     "slot_similarity",
     "task_gates",
+    "token_experts",
 ]
