@@ -77,11 +77,11 @@ def weights_of(record: dict[str, Any], num_experts: int) -> Any:
     Of a soft layer, the combine weights of the expert's slots together.
     """
     if "combine" in record:
-        weights = record["combine"].sum(axis=-1)
-    else:
-        chosen = record["experts"][..., None] == np.arange(num_experts)
-        weights = (chosen * (record["weights"] * record["kept"])[..., None]).sum(axis=-2)
-    return np.nan_to_num(weights.astype(np.float64))
+        return np.nan_to_num(record["combine"].astype(np.float64)).sum(axis=-1)
+    # Before the product: a NaN counts for none of the experts, and 0 * NaN for all.
+    weights = np.nan_to_num(record["weights"].astype(np.float64)) * record["kept"]
+    chosen = record["experts"][..., None] == np.arange(num_experts)
+    return (chosen * weights[..., None]).sum(axis=-2)
 
 
 def expert_weights(model: Any, x: Any, layer: str | None, batch_size: int) -> tuple[str, Any]:
