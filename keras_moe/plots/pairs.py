@@ -5,15 +5,8 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from keras_moe.plots._canvas import (
-    heat_map,
-    named_layers,
-    new_figure,
-    numbered,
-    one_layer,
-    records_of,
-    takers_of,
-)
+from keras_moe.plots._canvas import heat_map, new_figure, numbered
+from keras_moe.plots._records import named_layers, one_layer, records_of, takers_of
 
 
 def coactivation(model: Any, x: Any, *, layer: str | None = None, batch_size: int = 256) -> Any:
