@@ -24,3 +24,8 @@ def entropy(logits: Tensor) -> Tensor:
     """Entropy in nats of softmax(logits) over the last axis."""
     log_p = ops.log_softmax(logits, axis=-1)
     return -ops.sum(ops.exp(log_p) * log_p, axis=-1)
+
+
+def entropy_of(p: Tensor, axis: int | tuple[int, ...] = -1) -> Tensor:
+    """Entropy in nats of probabilities, 0 log 0 being 0."""
+    return -ops.sum(p * ops.log(ops.maximum(p, 1e-30)), axis=axis)
