@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Collection
 from typing import Any, NoReturn, TypeVar
 
+import keras
 import numpy as np
 
 from keras_moe.types import Shape, Tensor
@@ -103,13 +104,36 @@ def token_shape(layer: str, shape: Shape, min_rank: int = 2) -> int:
 
 def mask_shape(layer: str, inputs: Tensor, mask: Tensor) -> None:
     """Checks that the mask has one entry per token."""
-    expected, received = tuple(inputs.shape)[:-1], tuple(mask.shape)
-    agrees = len(expected) == len(received) and all(
+    if not _has_one_per_token(inputs, mask):
+        fail(
+            f"`{layer}` expects a mask with one entry per token, {_of_tokens(inputs)}.",
+            mask_shape=tuple(mask.shape),
+        )
+
+
+def token_ids(layer: str, inputs: Tensor, ids: Tensor | None) -> None:
+    """Checks that there are token ids, that they are integers, and one per token."""
+    if ids is None:
+        fail(
+            f"`{layer}` needs `token_ids` for its router: `layer(x, token_ids=ids)`.",
+            token_ids=None,
+        )
+    dtype = keras.backend.standardize_dtype(ids.dtype)
+    if "int" not in dtype:
+        fail("`token_ids` must be integers.", dtype=dtype)
+    if not _has_one_per_token(inputs, ids):
+        fail(
+            f"`{layer}` expects `token_ids` with one entry per token, {_of_tokens(inputs)}.",
+            token_ids_shape=tuple(ids.shape),
+        )
+
+
+def _of_tokens(inputs: Tensor) -> str:
+    return f"shape {tuple(inputs.shape)[:-1]} for inputs of shape {tuple(inputs.shape)}"
+
+
+def _has_one_per_token(inputs: Tensor, other: Tensor) -> bool:
+    expected, received = tuple(inputs.shape)[:-1], tuple(other.shape)
+    return len(expected) == len(received) and all(
         a is None or b is None or a == b for a, b in zip(expected, received, strict=True)
     )
-    if not agrees:
-        fail(
-            f"`{layer}` expects a mask with one entry per token, shape {expected} for inputs of "
-            f"shape {tuple(inputs.shape)}.",
-            mask_shape=received,
-        )

@@ -1,8 +1,12 @@
 """Small numerical functions that Keras has not, or not quite."""
 
+import math
+
 from keras import ops
 
 from keras_moe.types import Tensor
+
+_ROUNDING = 1e-6  # 1.1 * 10 / 11 must give one slot, not two
 
 
 def softmax(logits: Tensor, axis: int = -1) -> Tensor:
@@ -29,3 +33,11 @@ def entropy(logits: Tensor) -> Tensor:
 def entropy_of(p: Tensor, axis: int | tuple[int, ...] = -1) -> Tensor:
     """Entropy in nats of probabilities, 0 log 0 being 0."""
     return -ops.sum(p * ops.log(ops.maximum(p, 1e-30)), axis=axis)
+
+
+def slots_per_expert(slots_per_token: float, count: int | Tensor) -> int | Tensor:
+    """C = ceil(capacity_factor k / E * N), at most N since no token needs an expert twice."""
+    if isinstance(count, int):
+        return min(math.ceil(slots_per_token * count - _ROUNDING), count)
+    slots = ops.ceil(slots_per_token * ops.cast(count, "float64") - _ROUNDING)
+    return ops.minimum(ops.cast(slots, "int32"), count)

@@ -190,6 +190,13 @@ def flat_mask(layer: str, inputs: Tensor, mask: Tensor | None, axes: tuple[Any, 
     return ops.reshape(ops.cast(mask, "bool"), axes)
 
 
+def flat_token_ids(layer: str, inputs: Tensor, token_ids: Tensor | None) -> Tensor:
+    """Checks token ids and returns them as int32 `(N,)`."""
+    ids = None if token_ids is None else ops.convert_to_tensor(token_ids)
+    _checks.token_ids(layer, inputs, ids)
+    return ops.reshape(ops.cast(ids, "int32"), (-1,))
+
+
 def zero_where_padded(rows: Tensor, mask: Tensor | None) -> Tensor:
     """Zeros the rows `(..., d)` of padding, which may hold anything: NaN times 0 is NaN."""
     if mask is None:

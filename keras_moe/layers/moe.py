@@ -7,17 +7,21 @@ import keras
 from keras import ops
 
 from keras_moe import _checks, routers
+from keras_moe._numerics import slots_per_expert
 from keras_moe.dispatch import Carrier, DispatchPlan, planner
 from keras_moe.dispatch.capacity import kept_by_priority
 from keras_moe.dispatch.ragged import takes_groups
+from keras_moe.layers.example_routing import kept_examples, pool_examples, spread_over_tokens
 from keras_moe.layers.experts import ExpertMLP
 from keras_moe.layers.feed_forward import (
     ExpertFeedForward,
     flat_mask,
+    flat_token_ids,
     zero_where_padded,
 )
 from keras_moe.layers.naming import name_or_default
-from keras_moe.layers.running_sums import RunningSums, check_built
+from keras_moe.layers.routing_counts import RoutingCounts
+from keras_moe.layers.running_sums import check_built
 from keras_moe.layers.sublayers import adopt, build_once, config_of
 from keras_moe.routing import Routing
 from keras_moe.types import (
@@ -31,8 +35,6 @@ from keras_moe.types import (
 
 _LEVELS = ("token", "example")
 _GROUPS = ("batch", "example")
-_TOTALS = ("assignments", "dropped", "decisions", "entropy", "confidence")  # as counted
-_ROUNDING = 1e-6  # 1.1 * 10 / 11 must give one slot, not two
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -52,10 +54,10 @@ class MoE(ExpertFeedForward):
         top_k: Integer between 1 and `num_experts`, the experts per token k. Ignored by routers that
             fix it: "switch" (1), "dense" and "uniform" (all), or a `Router` object. Defaults to
             `2`.
-        router: `"top_k"`, `"switch"`, `"noisy_top_k"`, `"batch_priority"`, `"sigmoid_bias"`,
-            `"sinkhorn"`, `"expert_choice"`, `"relu"`, `"dselect_k"`, `"dense"`, `"hash"`,
-            `"random"`, `"uniform"`, a config or a `keras_moe.routers.Router`, which then brings its
-            own loss coefficients. Defaults to `"top_k"`.
+        router: `"top_k"`, `"switch"`, `"noisy_top_k"`, `"batch_priority"`, `"no_token_left"`,
+            `"sigmoid_bias"`, `"sinkhorn"`, `"expert_choice"`, `"relu"`, `"dselect_k"`, `"dense"`,
+            `"hash"`, `"random"`, `"uniform"`, a config or a `keras_moe.routers.Router`, which then
+            brings its own loss coefficients. Defaults to `"top_k"`.
         experts: `"mlp"`, `"glu"` (gated hidden layer), a bank such as `ExpertMLP`, a Keras layer
             that is copied E times, the config of one of these, or a list of E Keras layers; what
             the layer does not build itself takes none of the arguments below that describe
@@ -101,6 +103,8 @@ class MoE(ExpertFeedForward):
             losses.
         training: Whether dropout, noise, the training capacity and counting are on.
         return_routing: Whether to return the `keras_moe.Routing` too. Defaults to `False`.
+        token_ids: Optional int `(...)`, the ids of the tokens, which `TokenHashRouter` needs and
+            other routers ignore.
 
     Input shape:
         `(batch, ..., d)`
@@ -113,7 +117,7 @@ class MoE(ExpertFeedForward):
 
     Raises:
         ValueError: on arguments out of range, an unknown router, experts or dispatch name, inputs
-            of rank 1, or a mask that has not one entry per token.
+            of rank 1, a mask or token ids that have not one entry per token, or missing token ids.
 
     Example:
 
@@ -211,6 +215,8 @@ class MoE(ExpertFeedForward):
             top_k=top_k,
             balance_weight=balance_weight,
             z_loss_weight=z_loss_weight,
+            capacity_factor=self.capacity_factor,
+            eval_capacity_factor=self.eval_capacity_factor,
             seed=seed,
         )
         factors = [f for f in (self.capacity_factor, self.eval_capacity_factor) if f is not None]
@@ -227,17 +233,33 @@ class MoE(ExpertFeedForward):
         self._top_k_argument = top_k
         self.top_k = self.router.top_k
         self._dispatch_argument = dispatch
-        if self.router.chooses_tokens and routing_level == "example":
-            _checks.fail(
-                "`routing_level` must be 'token' where experts choose their tokens.",
-                routing_level=routing_level,
-            )
+        self._check_router()
         self.carrier: Carrier = planner.get(
             dispatch,
             has_capacity=self.capacity_factor is not None,
             chooses_tokens=self.router.chooses_tokens,
         )
         self.shared_experts: ExpertMLP | None = None
+
+    def _check_router(self) -> None:
+        """Fails where the router cannot do what the layer is asked for."""
+        router = self.router
+        for is_so, why in (
+            (router.chooses_tokens, "experts choose their tokens"),
+            (router.has_capacity, "the router has a capacity of its own"),
+            (router.needs_token_ids, "the router reads token ids"),
+            (router.sequence_balance_weight > 0, "there is a `sequence_balance_weight`"),
+        ):
+            if is_so and self.routing_level == "example":
+                _checks.fail(
+                    f"`routing_level` must be 'token' where {why}.",
+                    routing_level=self.routing_level,
+                )
+        if router.has_capacity and self.capacity_group == "example":
+            _checks.fail(
+                "`capacity_group` must be 'batch' where the router has a capacity of its own.",
+                capacity_group=self.capacity_group,
+            )
 
     def build(self, input_shape: Any) -> None:
         width = _checks.token_shape("MoE", tuple(input_shape))
@@ -248,8 +270,12 @@ class MoE(ExpertFeedForward):
             output_dim = self._output_width(width)
             self.shared_experts = self._mlp(self.num_shared_experts, output_dim, "shared_experts")
             self.shared_experts.build((1, None, width))
-        self._load = RunningSums(self, "load", (self.num_experts,))
-        self._totals = RunningSums(self, "totals", (len(_TOTALS),))
+        if self.router.sequence_balance_weight and len(input_shape) < 3:
+            _checks.fail(
+                "`sequence_balance_weight` needs inputs of sequences, (batch, ..., d).",
+                shape=tuple(input_shape),
+            )
+        self._counts = RoutingCounts(self, self.num_experts)
 
     # === The forward pass ===
 
@@ -259,13 +285,17 @@ class MoE(ExpertFeedForward):
         mask: Tensor | None = None,
         training: bool | None = None,
         return_routing: bool = False,
+        token_ids: Tensor | None = None,
     ) -> Any:
         token_axes = ops.shape(inputs)[:-1]
         tokens = ops.reshape(inputs, (-1, inputs.shape[-1]))
         token_mask = flat_mask("MoE", inputs, mask, (-1,))
         tokens = zero_where_padded(tokens, token_mask)
 
-        decision, routing = self._route(tokens, token_mask, token_axes, training)
+        more = {}
+        if self.router.needs_token_ids:
+            more["token_ids"] = flat_token_ids("MoE", inputs, token_ids)
+        decision, routing = self._route(tokens, token_mask, token_axes, training, **more)
         for name, weight in self.router.loss_weights.items():
             # A frozen router balances nothing; Keras drops regularizers of frozen weights too.
             if weight and self.router.trainable:
@@ -273,8 +303,9 @@ class MoE(ExpertFeedForward):
 
         outputs, kept = self._carry(tokens, routing, token_axes, training)
         if training:
-            asked = kept if self.router.chooses_tokens else routing.kept
-            self._count(decision, asked, kept)
+            is_token = self.routing_level == "token"
+            asked = decision.kept if is_token else routing.kept
+            self._counts.add(decision, kept if self.router.chooses_tokens else asked, kept)
         routing = routing._replace(kept=kept)
         if self.shared_experts is not None:
             shared = self.shared_experts(ops.expand_dims(tokens, 0), training=training)
@@ -289,34 +320,21 @@ class MoE(ExpertFeedForward):
         return (outputs, record) if return_routing else outputs
 
     def _route(
-        self, tokens: Tensor, mask: Tensor | None, token_axes: Any, training: bool | None
+        self,
+        tokens: Tensor,
+        mask: Tensor | None,
+        token_axes: Any,
+        training: bool | None,
+        **more: Tensor,
     ) -> tuple[Routing, Routing]:
-        """Returns the router's decision, and the same spread over the tokens it holds for."""
+        """Returns the router's decision before drops, and what it means for each token."""
         if self.routing_level == "token":
-            decision = self.router(tokens, mask=mask, training=training)
-            return decision, decision
-        batch, per_example = token_axes[0], math.prod(token_axes[1:])
-        if mask is None:
-            is_token = ops.ones((batch, per_example), dtype="bool")
-        else:
-            is_token = ops.reshape(mask, (batch, per_example))
-        # In float32, as all that a router reads: a sum of float16 tokens overflows.
-        grouped = ops.reshape(ops.cast(tokens, "float32"), (batch, per_example, tokens.shape[-1]))
-        count = ops.sum(ops.cast(is_token, "float32"), axis=1, keepdims=True)
-        pooled = ops.sum(grouped, axis=1) / ops.maximum(count, 1.0)
-        example_mask = ops.any(is_token, axis=1)
+            routing = self.router(tokens, mask=mask, training=training, **more)
+            routing = self.router.by_sequence(routing, token_axes[0], mask)
+            return self.router.before_drops(routing, mask), routing
+        pooled, example_mask = pool_examples(tokens, mask, token_axes)
         decision = self.router(pooled, mask=example_mask, training=training)
-
-        def spread(values: Tensor) -> Tensor:
-            return ops.repeat(values, per_example, axis=0)
-
-        kept = spread(decision.kept)
-        if mask is not None:
-            kept = ops.logical_and(kept, ops.expand_dims(mask, -1))
-        routing = decision._replace(
-            experts=spread(decision.experts), weights=spread(decision.weights), kept=kept
-        )
-        return decision, routing
+        return decision, spread_over_tokens(decision, mask, token_axes)
 
     def _carry(
         self, tokens: Tensor, routing: Routing, token_axes: Any, training: bool | None
@@ -354,20 +372,14 @@ class MoE(ExpertFeedForward):
         if factor is None:
             return None
         axes = token_axes if self.capacity_group == "batch" else token_axes[1:]
-        count = math.prod(axes)
-        slots_per_token = factor * self.router.experts_per_token / self.num_experts
-        if isinstance(count, int):
-            return min(math.ceil(slots_per_token * count - _ROUNDING), count)
-        slots = ops.ceil(slots_per_token * ops.cast(count, "float64") - _ROUNDING)
-        return ops.minimum(ops.cast(slots, "int32"), count)
+        per_token = factor * self.router.experts_per_token / self.num_experts
+        return slots_per_expert(per_token, math.prod(axes))
 
     def _returned_routing(self, decision: Routing, routing: Routing, token_axes: Any) -> Routing:
         axes = token_axes
         if self.routing_level == "example":
             axes = token_axes[:1]
-            # An example is kept by an expert if any of its tokens is.
-            kept = ops.reshape(routing.kept, (token_axes[0], math.prod(token_axes[1:]), self.top_k))
-            routing = decision._replace(kept=ops.any(kept, axis=1))
+            routing = kept_examples(decision, routing.kept, token_axes)
         return routing._replace(
             experts=ops.reshape(routing.experts, (*axes, self.top_k)),
             weights=ops.reshape(routing.weights, (*axes, self.top_k)),
@@ -376,25 +388,6 @@ class MoE(ExpertFeedForward):
         )
 
     # === What is seen ===
-
-    def _count(self, decision: Routing, asked: Tensor, kept: Tensor) -> None:
-        if decision.logits.shape[0] == 0:  # torch has no maximum of nothing
-            return
-        log_p = ops.log_softmax(decision.logits, axis=-1)
-        p = ops.exp(log_p)
-        entropy = -ops.sum(p * log_p, axis=-1)
-        # A token that is not finite has no entropy: it is left out of the mean.
-        is_decided = ops.logical_and(ops.any(decision.kept, axis=-1), ops.isfinite(entropy))
-        assignments = ops.sum(ops.cast(asked, "float32"))
-        totals = (
-            assignments,
-            assignments - ops.sum(ops.cast(kept, "float32")),
-            ops.sum(ops.cast(is_decided, "float32")),
-            ops.sum(ops.where(is_decided, entropy, 0.0)),
-            ops.sum(ops.where(is_decided, ops.max(p, axis=-1), 0.0)),
-        )
-        self._load.add(decision.load)
-        self._totals.add(ops.stack(totals))
 
     def running_counts(self) -> dict[str, Any]:
         """What was counted in training since the last reset.
@@ -406,13 +399,12 @@ class MoE(ExpertFeedForward):
             over decisions of the router's entropy in nats and of its largest probability.
         """
         check_built(self)
-        return {"load": self._load.read(), **dict(zip(_TOTALS, self._totals.read(), strict=True))}
+        return self._counts.read()
 
     def reset_running_counts(self) -> None:
         """Starts the running counts again from 0."""
         check_built(self)
-        self._load.reset()
-        self._totals.reset()
+        self._counts.reset()
 
     def dispatch_plan(self, n_tokens: int, training: bool = True) -> DispatchPlan:
         """Says which carrier would take `n_tokens` tokens, at which cost, and why.
@@ -442,7 +434,10 @@ class MoE(ExpertFeedForward):
         mask: Tensor | None = None,
         training: bool | None = None,
         return_routing: bool = False,
+        token_ids: Tensor | None = None,
     ) -> Any:
+        if self.router.needs_token_ids:
+            _checks.token_ids("MoE", inputs, token_ids)
         outputs = self._output_spec(inputs, mask)
         if not return_routing:
             return outputs

@@ -6,6 +6,7 @@ from keras_moe.routers.dense import DenseRouter
 from keras_moe.routers.dselect_k import DSelectKRouter
 from keras_moe.routers.expert_choice import ExpertChoiceRouter
 from keras_moe.routers.fixed import HashRouter, RandomRouter, UniformRouter
+from keras_moe.routers.no_token_left import NoTokenLeftRouter
 from keras_moe.routers.noisy_top_k import NoisyTopKRouter
 from keras_moe.routers.registry import get
 from keras_moe.routers.relu import ReLURouter
@@ -14,6 +15,7 @@ from keras_moe.routers.sinkhorn import SinkhornRouter
 from keras_moe.routers.soft import SoftRouter
 from keras_moe.routers.softmax_gate import SoftmaxGate
 from keras_moe.routers.switch import SwitchRouter
+from keras_moe.routers.token_hash import TokenHashRouter
 from keras_moe.routers.top_k import TopKRouter
 
 __all__ = [
@@ -22,6 +24,7 @@ __all__ = [
     "DenseRouter",
     "ExpertChoiceRouter",
     "HashRouter",
+    "NoTokenLeftRouter",
     "NoisyTopKRouter",
     "RandomRouter",
     "ReLURouter",
@@ -31,6 +34,7 @@ __all__ = [
     "SoftRouter",
     "SoftmaxGate",
     "SwitchRouter",
+    "TokenHashRouter",
     "TopKRouter",
     "UniformRouter",
     "get",

@@ -27,6 +27,12 @@ class Router(keras.layers.Layer):
             multiplied by noise drawn from U(1 - jitter, 1 + jitter). Defaults to `0.0`.
         balance_weight: Coefficient of the balance loss. Defaults to `0.01`.
         z_loss_weight: Coefficient of the router z-loss. Defaults to `0.001`.
+        sequence_balance_weight: Coefficient of the balance loss of each sequence on its own
+            (DeepSeek-V3: 1e-4), 1 at perfect balance. Defaults to `0.0`.
+        local_entropy_weight: Coefficient of the mean entropy of a token's probabilities, over ln E
+            (LIMoE), which makes the router sure. Defaults to `0.0`.
+        global_entropy_weight: Coefficient of 1 minus the entropy of the mean probabilities, over
+            ln E (LIMoE), which makes it use all experts. Defaults to `0.0`.
         kernel_initializer: Initializer of the `(d, E)` kernel. Defaults to `None`, a normal
             distribution of standard deviation 0.02 (flaxformer's setting for Switch).
         kernel_regularizer: Optional regularizer of the kernel. Defaults to `None`.
@@ -44,6 +50,8 @@ class Router(keras.layers.Layer):
 
     draws_noise = False  # in training, besides the jitter
     chooses_tokens = False  # experts choose tokens, up to their capacity, and not the other way
+    has_capacity = False  # of its own: it drops what finds no place
+    needs_token_ids = False  # `call` takes `token_ids`, integers `(N,)`
 
     def __init__(
         self,
@@ -53,6 +61,9 @@ class Router(keras.layers.Layer):
         jitter: float = 0.0,
         balance_weight: float = 0.01,
         z_loss_weight: float = 0.001,
+        sequence_balance_weight: float = 0.0,
+        local_entropy_weight: float = 0.0,
+        global_entropy_weight: float = 0.0,
         kernel_initializer: InitializerLike = None,
         kernel_regularizer: RegularizerLike = None,
         kernel_constraint: ConstraintLike = None,
@@ -67,6 +78,15 @@ class Router(keras.layers.Layer):
         self.jitter = _checks.rate("jitter", jitter)
         self.balance_weight = _checks.non_negative("balance_weight", balance_weight)
         self.z_loss_weight = _checks.non_negative("z_loss_weight", z_loss_weight)
+        self.sequence_balance_weight = _checks.non_negative(
+            "sequence_balance_weight", sequence_balance_weight
+        )
+        self.local_entropy_weight = _checks.non_negative(
+            "local_entropy_weight", local_entropy_weight
+        )
+        self.global_entropy_weight = _checks.non_negative(
+            "global_entropy_weight", global_entropy_weight
+        )
         self.kernel_initializer = keras.initializers.get(
             keras.initializers.RandomNormal(stddev=0.02)
             if kernel_initializer is None
@@ -81,8 +101,17 @@ class Router(keras.layers.Layer):
 
     @property
     def loss_weights(self) -> dict[str, float]:
-        """Coefficient of each entry of `Routing.losses`."""
-        return {"balance": self.balance_weight, "z_loss": self.z_loss_weight}
+        """Coefficient of each entry of `Routing.losses`; those that are off have none."""
+        optional = {
+            "sequence_balance": self.sequence_balance_weight,
+            "local_entropy": self.local_entropy_weight,
+            "global_entropy": self.global_entropy_weight,
+        }
+        return {
+            "balance": self.balance_weight,
+            "z_loss": self.z_loss_weight,
+            **{name: weight for name, weight in optional.items() if weight},
+        }
 
     def build(self, input_shape: Any) -> None:
         width = _checks.token_shape(type(self).__name__, tuple(input_shape))
@@ -112,6 +141,22 @@ class Router(keras.layers.Layer):
         ones first; None for the order in which the tokens stand."""
         del routing
         return None
+
+    def before_drops(self, routing: Routing, mask: Tensor | None) -> Routing:
+        """What the router asked for, where its record holds what was left after drops."""
+        del mask
+        return routing
+
+    def by_sequence(
+        self, routing: Routing, num_sequences: int | Tensor, mask: Tensor | None
+    ) -> Routing:
+        """The record of tokens that are `num_sequences` sequences of equal length, and not one."""
+        if not self.sequence_balance_weight:
+            return routing
+        asked = self.before_drops(routing, mask)
+        shares = self.probabilities(routing.logits)
+        loss = losses.sequence_balance_loss(shares, asked.experts, asked.kept, num_sequences, mask)
+        return routing._replace(losses={**routing.losses, "sequence_balance": loss})
 
     def call(
         self, inputs: Tensor, mask: Tensor | None = None, training: bool | None = None
@@ -161,9 +206,25 @@ class Router(keras.layers.Layer):
             losses={
                 "balance": losses.balance_loss(probabilities, load, self.top_k, mask),
                 "z_loss": losses.z_loss(logits, mask),
+                **self._optional_losses(probabilities, experts, kept, mask),
                 **(more_losses or {}),
             },
         )
+
+    def _optional_losses(
+        self, probabilities: Tensor, experts: Tensor, kept: Tensor, mask: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Those that are on; all tokens count as one sequence until `by_sequence` says more."""
+        found = {}
+        if self.sequence_balance_weight:
+            found["sequence_balance"] = losses.sequence_balance_loss(
+                probabilities, experts, kept, 1, mask
+            )
+        if self.local_entropy_weight:
+            found["local_entropy"] = losses.local_entropy_loss(probabilities, mask)
+        if self.global_entropy_weight:
+            found["global_entropy"] = losses.global_entropy_loss(probabilities, mask)
+        return found
 
     def compute_output_spec(
         self, inputs: Tensor, mask: Tensor | None = None, training: bool | None = None
@@ -208,6 +269,9 @@ class Router(keras.layers.Layer):
             "jitter": self.jitter,
             "balance_weight": self.balance_weight,
             "z_loss_weight": self.z_loss_weight,
+            "sequence_balance_weight": self.sequence_balance_weight,
+            "local_entropy_weight": self.local_entropy_weight,
+            "global_entropy_weight": self.global_entropy_weight,
             "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
             "kernel_regularizer": keras.regularizers.serialize(self.kernel_regularizer),
             "kernel_constraint": keras.constraints.serialize(self.kernel_constraint),

@@ -37,8 +37,9 @@ class BatchPriorityRouter(NoisyRouter):
         load_weight: Coefficient of the load loss, which there is only with noise. Defaults to
             `0.005` (the paper's).
         z_loss_weight: Coefficient of the router z-loss, which the paper has not. Defaults to `0.0`.
-        **kwargs: Arguments of `Router`: `jitter`, `kernel_initializer`, `kernel_regularizer`,
-            `kernel_constraint`, `seed`.
+        **kwargs: Arguments of `Router`: `jitter`, `sequence_balance_weight`,
+            `local_entropy_weight`, `global_entropy_weight`, `kernel_initializer`,
+            `kernel_regularizer`, `kernel_constraint`, `seed`.
 
     Reference:
         Riquelme et al. 2021, "Scaling Vision with Sparse Mixture of Experts", section 2, section 4

@@ -18,15 +18,16 @@ class DenseRouter(Router):
 
     Args:
         num_experts: Positive integer, the number of experts E.
-        **kwargs: Arguments of `Router`: `jitter`, `z_loss_weight`, `kernel_initializer`,
-            `kernel_regularizer`, `kernel_constraint`, `seed`.
+        **kwargs: Arguments of `Router`: `jitter`, `z_loss_weight`, `local_entropy_weight`,
+            `global_entropy_weight`, `kernel_initializer`, `kernel_regularizer`,
+            `kernel_constraint`, `seed`.
 
     Reference:
         Jacobs et al. 1991, "Adaptive Mixtures of Local Experts", equation 1.
     """
 
     def __init__(self, num_experts: int, **kwargs: Any) -> None:
-        kwargs["balance_weight"] = 0.0
+        kwargs["balance_weight"] = kwargs["sequence_balance_weight"] = 0.0
         super().__init__(num_experts, num_experts, **kwargs)
 
     def choose(self, logits: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
@@ -34,5 +35,5 @@ class DenseRouter(Router):
 
     def get_config(self) -> Config:
         config = super().get_config()
-        del config["top_k"], config["balance_weight"]
+        del config["top_k"], config["balance_weight"], config["sequence_balance_weight"]
         return config

@@ -44,8 +44,8 @@ class DSelectKRouter(Router):
         entropy_weight: Coefficient of the entropy loss. Defaults to `1e-6`; the paper tunes it.
         kernel_initializer: Initializer of z and its kernel. Defaults to `None`, uniform within
             gamma / 100 of 0 (the authors').
-        **kwargs: Arguments of `Router`: `jitter`, `kernel_regularizer`, `kernel_constraint`,
-            `seed`.
+        **kwargs: Arguments of `Router`: `jitter`, `local_entropy_weight`, `global_entropy_weight`,
+            `kernel_regularizer`, `kernel_constraint`, `seed`.
 
     Reference:
         Hazimeh et al. 2021, "DSelect-k: Differentiable Selection in the Mixture of Experts",
@@ -63,7 +63,8 @@ class DSelectKRouter(Router):
         kernel_initializer: InitializerLike = None,
         **kwargs: Any,
     ) -> None:
-        kwargs["balance_weight"] = kwargs["z_loss_weight"] = 0.0
+        kwargs["balance_weight"] = kwargs["sequence_balance_weight"] = 0.0  # all take part
+        kwargs["z_loss_weight"] = 0.0
         gamma = _checks.positive("gamma", gamma)
         if kernel_initializer is None:
             near = gamma / 100.0
@@ -152,7 +153,8 @@ class DSelectKRouter(Router):
 
     def get_config(self) -> Config:
         config = super().get_config()
-        del config["balance_weight"], config["z_loss_weight"]
+        for name in ("balance_weight", "sequence_balance_weight", "z_loss_weight"):
+            del config[name]
         return {
             **config,
             "top_k": self.num_selectors,

@@ -30,8 +30,8 @@ class ExpertChoiceRouter(Router):
         top_k: Integer between 1 and `num_experts`, the mean number of experts per token, which the
             paper calls capacity factor. Defaults to `2` (the paper's).
         z_loss_weight: Coefficient of the router z-loss. Defaults to `0.0`.
-        **kwargs: Arguments of `Router`: `jitter`, `kernel_initializer`, `kernel_regularizer`,
-            `kernel_constraint`, `seed`.
+        **kwargs: Arguments of `Router`: `jitter`, `local_entropy_weight`, `global_entropy_weight`,
+            `kernel_initializer`, `kernel_regularizer`, `kernel_constraint`, `seed`.
 
     Reference:
         Zhou et al. 2022, "Mixture-of-Experts with Expert Choice Routing", section 3.2.
@@ -42,7 +42,7 @@ class ExpertChoiceRouter(Router):
     def __init__(
         self, num_experts: int, top_k: int = 2, *, z_loss_weight: float = 0.0, **kwargs: Any
     ) -> None:
-        kwargs["balance_weight"] = 0.0
+        kwargs["balance_weight"] = kwargs["sequence_balance_weight"] = 0.0
         super().__init__(num_experts, num_experts, z_loss_weight=z_loss_weight, **kwargs)
         self.experts_per_token = _checks.int_between(
             "top_k", _checks.positive_int("top_k", top_k), 1, self.num_experts, "num_experts"
@@ -53,5 +53,5 @@ class ExpertChoiceRouter(Router):
 
     def get_config(self) -> Config:
         config = super().get_config()
-        del config["balance_weight"]
+        del config["balance_weight"], config["sequence_balance_weight"]
         return {**config, "top_k": self.experts_per_token}

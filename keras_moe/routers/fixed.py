@@ -11,12 +11,20 @@ from keras_moe.routers.selection import all_experts, select_top_k
 from keras_moe.routing import Routing
 from keras_moe.types import Config, Tensor
 
+_COEFFICIENTS = (
+    "balance_weight",
+    "z_loss_weight",
+    "sequence_balance_weight",
+    "local_entropy_weight",
+    "global_entropy_weight",
+)
 
-class _FixedRouter(Router):
+
+class FixedRouter(Router):
     """A router that learns nothing: no kernel, no losses, equal weights."""
 
     def __init__(self, num_experts: int, top_k: int, **kwargs: Any) -> None:
-        kwargs["balance_weight"] = kwargs["z_loss_weight"] = 0.0
+        kwargs |= dict.fromkeys(_COEFFICIENTS, 0.0)
         super().__init__(num_experts, top_k, **kwargs)
 
     def _record(self, experts: Tensor, logits: Tensor, mask: Tensor | None) -> Routing:
@@ -25,19 +33,19 @@ class _FixedRouter(Router):
 
     def get_config(self) -> Config:
         config = super().get_config()
-        learned = ("balance_weight", "z_loss_weight", "jitter", "kernel_initializer")
-        for name in (*learned, "kernel_regularizer", "kernel_constraint"):
+        kernel = ("kernel_initializer", "kernel_regularizer", "kernel_constraint")
+        for name in (*_COEFFICIENTS, "jitter", *kernel):
             del config[name]
         return config
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
-class HashRouter(_FixedRouter):
+class HashRouter(FixedRouter):
     """Each token goes to k experts by a fixed hash of its content, each with weight 1 / k.
 
     experts = the k largest x R, R a normal random `(d, E)` matrix that is drawn once, never
     trained, and saved. It is a locality-sensitive hash: equal tokens go to the same experts, and
-    similar ones mostly do.
+    similar ones mostly do. `TokenHashRouter` hashes token ids.
 
     Args:
         num_experts: Positive integer, the number of experts E.
@@ -46,8 +54,8 @@ class HashRouter(_FixedRouter):
             `None`.
 
     Reference:
-        Roller et al. 2021, "Hash Layers For Large Sparse Models", which hashes token ids; Andoni
-        et al. 2015, "Practical and Optimal LSH for Angular Distance", section 3 (the hash).
+        Andoni et al. 2015, "Practical and Optimal LSH for Angular Distance", section 3; Roller et
+        al. 2021, "Hash Layers For Large Sparse Models".
     """
 
     def __init__(
@@ -100,7 +108,7 @@ class RandomRouter(HashRouter):
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
-class UniformRouter(_FixedRouter):
+class UniformRouter(FixedRouter):
     """Every token goes to all experts, each with weight 1 / E; a control: an ensemble.
 
     Args:

@@ -4,6 +4,8 @@ Every loss takes float32 and an optional token mask `(N,)`; padding is in neithe
 the denominator, and an all-padding batch costs exactly 0.
 """
 
+import math
+
 from keras import ops
 
 from keras_moe.types import Tensor
@@ -49,6 +51,106 @@ def balance_loss(probabilities: Tensor, load: Tensor, top_k: int, mask: Tensor |
     fractions = ops.stop_gradient(load) / (count * top_k)
     mean_probabilities = masked_sum(probabilities, mask) / count
     return num_experts * ops.sum(fractions * mean_probabilities)
+
+
+def sequence_balance_loss(
+    probabilities: Tensor,
+    experts: Tensor,
+    is_chosen: Tensor,
+    num_sequences: int | Tensor,
+    mask: Tensor | None,
+) -> Tensor:
+    """The balance loss of each sequence on its own, and the mean of these.
+
+    mean over sequences b of E * sum_e f_{b,e} P_{b,e}, with f_{b,e} the share of expert e in the
+    assignments of sequence b, P_{b,e} its mean probability there: 1 where each sequence is in
+    perfect balance, for every E and k. A sequence of nothing but padding is left out of the mean.
+
+    Args:
+        probabilities: float32 `(N, E)`, each token's shares, which sum to 1: with sigmoid scores,
+            the scores divided by their sum.
+        experts: int32 `(N, k)`, the chosen experts before drops.
+        is_chosen: bool `(N, k)`, False at padding and for experts that a token does not take.
+        num_sequences: how many sequences of equal length the tokens are, in order.
+        mask: bool `(N,)`, False at padding, or None.
+
+    Returns:
+        A float32 scalar.
+
+    Reference:
+        DeepSeek-AI 2024, "DeepSeek-V3", equations 17 to 20, where alpha is 1e-4.
+    """
+    num_experts, count = probabilities.shape[-1], ops.shape(probabilities)[0]
+    length = ops.maximum(count // ops.maximum(num_sequences, 1), 1)
+    sequence = ops.arange(count, dtype="int32") // ops.cast(length, "int32")
+
+    def per_sequence(values: Tensor) -> Tensor:
+        return ops.segment_sum(values, sequence, num_segments=num_sequences)
+
+    load = ops.segment_sum(
+        ops.reshape(ops.cast(is_chosen, "float32"), (-1,)),
+        ops.reshape(experts + num_experts * ops.expand_dims(sequence, -1), (-1,)),
+        num_segments=num_experts * num_sequences,
+    )
+    load = ops.stop_gradient(ops.reshape(load, (num_sequences, num_experts)))
+    fractions = load / ops.maximum(ops.sum(load, axis=-1, keepdims=True), 1.0)
+    is_token = ops.ones((count,), dtype="bool") if mask is None else mask
+    real = per_sequence(ops.cast(is_token, "float32"))
+    mean = per_sequence(ops.where(ops.expand_dims(is_token, -1), probabilities, 0.0))
+    mean = mean / ops.maximum(ops.expand_dims(real, -1), 1.0)
+    losses = num_experts * ops.sum(fractions * mean, axis=-1)  # 0 where all is padding
+    return ops.sum(losses) / token_count(losses, real > 0)
+
+
+def local_entropy_loss(probabilities: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean over tokens of the entropy of a token's distribution, over ln E: it makes routers sure.
+
+    1 where every token finds all experts alike, 0 where each is certain, for every E.
+
+    Args:
+        probabilities: float32 `(N, E)`, each token's shares, which sum to 1.
+        mask: bool `(N,)`, False at padding, or None.
+
+    Returns:
+        A float32 scalar.
+
+    Reference:
+        Mustafa et al. 2022, "Multimodal Contrastive Learning with LIMoE", local entropy loss.
+    """
+    per_token = _entropy(probabilities)
+    return masked_sum(per_token, mask) / token_count(probabilities, mask)
+
+
+def global_entropy_loss(probabilities: Tensor, mask: Tensor | None) -> Tensor:
+    """1 - entropy of the mean distribution over ln E: it makes routers use all experts.
+
+    0 at perfect balance of the mean probabilities, 1 where one expert has all, for every E.
+
+    Args:
+        probabilities: float32 `(N, E)`, each token's shares, which sum to 1.
+        mask: bool `(N,)`, False at padding, or None.
+
+    Returns:
+        A float32 scalar.
+
+    Reference:
+        Mustafa et al. 2022, "Multimodal Contrastive Learning with LIMoE", global entropy loss,
+        without its threshold.
+    """
+    if probabilities.shape[-1] == 1:
+        return ops.zeros((), dtype="float32")
+    mean = masked_sum(probabilities, mask) / token_count(probabilities, mask)
+    # All is 0 where every token is padding, and then so is the loss.
+    return ops.where(ops.any(mean > 0), 1.0 - _entropy(mean), 0.0)
+
+
+def _entropy(probabilities: Tensor) -> Tensor:
+    """Over the last axis, in units of ln E; 0 log 0 is 0, with a finite gradient."""
+    num_experts = probabilities.shape[-1]
+    if num_experts == 1:
+        return ops.zeros_like(probabilities[..., 0])
+    logs = ops.log(ops.where(probabilities > 0, probabilities, 1.0))
+    return -ops.sum(probabilities * logs, axis=-1) / math.log(num_experts)
 
 
 def z_loss(logits: Tensor, mask: Tensor | None) -> Tensor:

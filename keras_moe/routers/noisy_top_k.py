@@ -37,8 +37,9 @@ class NoisyTopKRouter(NoisyRouter):
         z_loss_weight: Coefficient of the router z-loss, which the paper has not. Defaults to `0.0`.
         kernel_initializer: Initializer of both kernels. Defaults to `"zeros"`, so that noise alone
             decides at first (the paper's).
-        **kwargs: Arguments of `Router`: `jitter`, `kernel_regularizer`, `kernel_constraint`,
-            `seed`.
+        **kwargs: Arguments of `Router`: `jitter`, `sequence_balance_weight`,
+            `local_entropy_weight`, `global_entropy_weight`, `kernel_regularizer`,
+            `kernel_constraint`, `seed`.
 
     Reference:
         Shazeer et al. 2017, "Outrageously Large Neural Networks", section 2.1 and appendix A.

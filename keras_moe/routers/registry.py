@@ -11,6 +11,7 @@ from keras_moe.routers.dense import DenseRouter
 from keras_moe.routers.dselect_k import DSelectKRouter
 from keras_moe.routers.expert_choice import ExpertChoiceRouter
 from keras_moe.routers.fixed import HashRouter, RandomRouter, UniformRouter
+from keras_moe.routers.no_token_left import NoTokenLeftRouter
 from keras_moe.routers.noisy_top_k import NoisyTopKRouter
 from keras_moe.routers.relu import ReLURouter
 from keras_moe.routers.sigmoid_bias import SigmoidBiasRouter
@@ -24,6 +25,7 @@ _ROUTERS: dict[str, type[Router]] = {
     "dselect_k": DSelectKRouter,
     "expert_choice": ExpertChoiceRouter,
     "hash": HashRouter,
+    "no_token_left": NoTokenLeftRouter,
     "noisy_top_k": NoisyTopKRouter,
     "random": RandomRouter,
     "relu": ReLURouter,
@@ -43,6 +45,8 @@ def get(
     top_k: int,
     balance_weight: float | None = None,
     z_loss_weight: float | None = None,
+    capacity_factor: float | None = None,
+    eval_capacity_factor: float | None = None,
     seed: int | None = None,
     **kwargs: Any,
 ) -> Router:
@@ -56,6 +60,9 @@ def get(
             in another way have no such loss. Defaults to `None`.
         z_loss_weight: coefficient of the router z-loss; None for the rule's own. Defaults to
             `None`.
+        capacity_factor: the layer's, for rules with a capacity of their own; None for the rule's
+            own. Defaults to `None`.
+        eval_capacity_factor: the same at inference. Defaults to `None`.
         seed: seed of the router's noise. Defaults to `None`.
         **kwargs: passed to a named router's constructor.
 
@@ -66,8 +73,11 @@ def get(
         _checks.one_of("router", router, _ROUTERS)
         if router not in _FIXED_TOP_K:
             kwargs["top_k"] = top_k
-        coefficients = {"balance_weight": balance_weight, "z_loss_weight": z_loss_weight}
-        kwargs |= {name: each for name, each in coefficients.items() if each is not None}
+        given = {"balance_weight": balance_weight, "z_loss_weight": z_loss_weight}
+        if _ROUTERS[router].has_capacity:
+            given["capacity_factor"] = capacity_factor
+            given["eval_capacity_factor"] = eval_capacity_factor
+        kwargs |= {name: each for name, each in given.items() if each is not None}
         return _ROUTERS[router](num_experts, seed=seed, **kwargs)
     if isinstance(router, dict):
         router = keras.saving.deserialize_keras_object(router)

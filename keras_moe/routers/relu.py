@@ -35,8 +35,9 @@ class ReLURouter(Router):
         initial_penalty: Positive number, lambda at first. Defaults to `1e-8` (the paper's).
         rate: Number above 1, what lambda changes by. Defaults to `1.2` (the paper's).
         z_loss_weight: Coefficient of the router z-loss. Defaults to `0.0`.
-        **kwargs: Arguments of `Router`: `jitter`, `kernel_initializer`, `kernel_regularizer`,
-            `kernel_constraint`, `seed`.
+        **kwargs: Arguments of `Router`: `jitter`, `sequence_balance_weight`,
+            `local_entropy_weight`, `global_entropy_weight`, `kernel_initializer`,
+            `kernel_regularizer`, `kernel_constraint`, `seed`.
 
     Reference:
         Wang et al. 2024, "ReMoE: Fully Differentiable Mixture-of-Experts with ReLU Routing",

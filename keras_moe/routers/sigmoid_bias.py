@@ -42,8 +42,9 @@ class SigmoidBiasRouter(TopKRouter):
         balance_weight: Coefficient of the balance loss, on each expert's share of a token's scores.
             Defaults to `0.0`: the bias balances.
         z_loss_weight: Coefficient of the router z-loss. Defaults to `0.0`.
-        **kwargs: Arguments of `TopKRouter`: `jitter`, `kernel_initializer`, `kernel_regularizer`,
-            `kernel_constraint`, `seed`.
+        **kwargs: Arguments of `TopKRouter`: `jitter`, `sequence_balance_weight`,
+            `local_entropy_weight`, `global_entropy_weight`, `kernel_initializer`,
+            `kernel_regularizer`, `kernel_constraint`, `seed`.
 
     Raises:
         ValueError: where groups do not divide the experts, or hold too few for `top_k`.

@@ -30,8 +30,9 @@ class SinkhornRouter(Router):
         top_k: Integer between 1 and `num_experts`. Defaults to `1` (the papers').
         iterations: Positive integer, how often both factors are computed. Defaults to `8`.
         z_loss_weight: Coefficient of the router z-loss. Defaults to `0.0`.
-        **kwargs: Arguments of `Router`: `jitter`, `kernel_initializer`, `kernel_regularizer`,
-            `kernel_constraint`, `seed`.
+        **kwargs: Arguments of `Router`: `jitter`, `sequence_balance_weight`,
+            `local_entropy_weight`, `global_entropy_weight`, `kernel_initializer`,
+            `kernel_regularizer`, `kernel_constraint`, `seed`.
 
     Reference:
         Clark et al. 2022, "Unified Scaling Laws for Routed Language Models", section 3.1 and

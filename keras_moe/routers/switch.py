@@ -22,6 +22,7 @@ class SwitchRouter(Router):
         jitter: Float in [0, 1), the half-width of the multiplicative input noise. Defaults to
             `0.01` (the paper's).
         **kwargs: Arguments of `Router`: `balance_weight`, `z_loss_weight`,
+            `sequence_balance_weight`, `local_entropy_weight`, `global_entropy_weight`,
             `kernel_initializer`, `kernel_regularizer`, `kernel_constraint`, `seed`.
 
     Reference:

@@ -31,6 +31,7 @@ class TopKRouter(Router):
         score: `"softmax"`, over all experts, or `"sigmoid"`, each expert's own. The balance loss
             then takes each expert's share of a token's scores. Defaults to `"softmax"`.
         **kwargs: Arguments of `Router`: `jitter`, `balance_weight`, `z_loss_weight`,
+            `sequence_balance_weight`, `local_entropy_weight`, `global_entropy_weight`,
             `kernel_initializer`, `kernel_regularizer`, `kernel_constraint`, `seed`.
 
     Example:
@@ -64,12 +65,16 @@ class TopKRouter(Router):
         return scaled_to_one(ops.sigmoid(logits))
 
     def choose(self, logits: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
-        scores = probabilities if self.score == "softmax" else ops.sigmoid(logits)
+        scores = self._scores(logits, probabilities)
         experts = select_top_k(self._ranked_by(logits, scores), self.top_k)
+        return experts, self._weights(scores, experts)
+
+    def _scores(self, logits: Tensor, probabilities: Tensor) -> Tensor:
+        return probabilities if self.score == "softmax" else ops.sigmoid(logits)
+
+    def _weights(self, scores: Tensor, experts: Tensor) -> Tensor:
         weights = ops.take_along_axis(scores, experts, axis=-1)
-        if self.normalize and self.top_k > 1:
-            weights = scaled_to_one(weights)
-        return experts, weights
+        return scaled_to_one(weights) if self.normalize and self.top_k > 1 else weights
 
     def _ranked_by(self, logits: Tensor, scores: Tensor) -> Tensor:
         """What the k largest are taken of: logits, in whose place scores may round to ties."""

@@ -80,6 +80,45 @@ CASES = {
         is_rowwise=False,
         is_batchwise=False,
     ),
+    "moe_no_token_left": Case(
+        layers.MoE,
+        {"num_experts": 4, "hidden_dim": 8, "router": "no_token_left", "capacity_factor": 0.5},
+        5,
+        2,
+        losses=2,
+        is_rowwise=False,
+        is_batchwise=False,
+    ),
+    "moe_no_token_left_dropless_carrier": Case(
+        layers.MoE,
+        {"num_experts": 4, "hidden_dim": 8, "router": "no_token_left", "top_k": 1},
+        5,
+        2,
+        losses=2,
+        is_rowwise=False,
+        is_batchwise=False,
+    ),
+    "moe_all_losses": Case(
+        layers.MoE,
+        {
+            "num_experts": 4,
+            "hidden_dim": 8,
+            "router": {
+                "module": "keras_moe.routers.top_k",
+                "class_name": "TopKRouter",
+                "config": {
+                    "num_experts": 4,
+                    "sequence_balance_weight": 0.1,
+                    "local_entropy_weight": 0.1,
+                    "global_entropy_weight": 0.1,
+                },
+                "registered_name": "keras_moe>TopKRouter",
+            },
+        },
+        5,
+        2,
+        losses=5,
+    ),
     "moe_sigmoid_bias": Case(
         layers.MoE, {"num_experts": 4, "hidden_dim": 8, "router": "sigmoid_bias"}, 5, 3
     ),
@@ -101,6 +140,10 @@ CASES = {
         layers.MoE, {"num_experts": 4, "hidden_dim": 8, "router": "dselect_k"}, 6, 2, losses=1
     ),
     "moe_hash": Case(layers.MoE, {"num_experts": 4, "hidden_dim": 8, "router": "hash"}, 4, 3),
+    "moe_random": Case(
+        layers.MoE, {"num_experts": 4, "hidden_dim": 8, "router": "random"}, 4, 3, seeds=1
+    ),
+    "moe_uniform": Case(layers.MoE, {"num_experts": 4, "hidden_dim": 8, "router": "uniform"}, 4, 2),
     "moe_example_level": Case(
         layers.MoE,
         {"num_experts": 4, "hidden_dim": 8, "routing_level": "example"},

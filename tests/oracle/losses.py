@@ -49,6 +49,46 @@ def balance(probabilities, experts, is_token):
     return value, gradient
 
 
+def sequence_balance(probabilities, experts, is_chosen, is_token, sequences):
+    """DeepSeek-V3, equations 17 to 20: the balance loss of each sequence, and their mean.
+
+    Sequences without a token have none.
+    """
+    num_experts = probabilities.shape[1]
+    values = []
+    for rows in np.split(np.arange(len(probabilities)), sequences):
+        real = [n for n in rows if is_token[n]]
+        if not real:
+            continue
+        taken = [experts[n, j] for n in real for j in np.nonzero(is_chosen[n])[0]]
+        value = 0.0
+        for e in range(num_experts):
+            f = num_experts / max(len(taken), 1) * taken.count(e)
+            value += f * np.mean([probabilities[n, e] for n in real])
+        values.append(value)
+    return float(np.mean(values)) if values else 0.0
+
+
+def entropy(p):
+    """In nats, of one distribution; 0 log 0 is 0."""
+    return -sum(each * np.log(each) for each in p if each > 0)
+
+
+def local_entropy(probabilities, is_token):
+    """LIMoE's mean entropy of a token's distribution, of its largest value ln E."""
+    if not is_token.any():
+        return 0.0
+    return np.mean([entropy(p) for p in probabilities[is_token]]) / np.log(probabilities.shape[1])
+
+
+def global_entropy(probabilities, is_token):
+    """LIMoE's entropy of the mean distribution, as what is missing to ln E, over it."""
+    if not is_token.any():
+        return 0.0
+    mean = probabilities[is_token].mean(axis=0)
+    return 1.0 - entropy(mean) / np.log(probabilities.shape[1])
+
+
 def z_loss(logits, is_token):
     """Mean over real tokens of logsumexp(logits)^2, and its gradient by the logits."""
     count = int(np.sum(is_token))

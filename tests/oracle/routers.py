@@ -11,16 +11,18 @@ import math
 import numpy as np
 
 from tests.oracle import losses
+from tests.oracle.moe import capacity_of
 
 
 @dataclasses.dataclass
 class Decision:
-    """Arrays `(N, k)`, and losses by name before their coefficients."""
+    """Arrays `(N, k)`, losses by name before their coefficients, and `(N, E)` what they average."""
 
     experts: np.ndarray
     weights: np.ndarray
     kept: np.ndarray
     losses: dict
+    shares: np.ndarray
 
 
 def top(scores, k):
@@ -61,7 +63,24 @@ def decision(chosen, weights, logits, shares, mask, is_chosen=None, **more):
         load / (count * chosen.shape[1]) * shares[mask].sum(axis=0) / count
     )
     z_loss, _ = losses.z_loss(logits, mask)
-    return Decision(chosen, weights, kept, {"balance": balance, "z_loss": z_loss, **more})
+    return Decision(chosen, weights, kept, {"balance": balance, "z_loss": z_loss, **more}, shares)
+
+
+def with_all_losses(rule, sequences):
+    """The rule with the losses that are off unless asked for, over so many sequences."""
+
+    def extended(x, w, mask, noise, **settings):
+        result = rule(x, w, mask, noise, **settings)
+        more = {
+            "sequence_balance": losses.sequence_balance(
+                result.shares, result.experts, result.kept, mask, sequences
+            ),
+            "local_entropy": losses.local_entropy(result.shares, mask),
+            "global_entropy": losses.global_entropy(result.shares, mask),
+        }
+        return dataclasses.replace(result, losses={**result.losses, **more})
+
+    return extended
 
 
 def softmaxes(logits):
@@ -86,6 +105,36 @@ def top_k(x, w, mask, noise, *, k, normalize=True, score="softmax"):
     if normalize and k > 1:
         weights = weights / weights.sum(axis=1, keepdims=True)
     return decision(chosen, weights, logits, scores / scores.sum(axis=1, keepdims=True), mask)
+
+
+def no_token_left(
+    x, w, mask, noise, *, k, factor, rounds, normalize=True, score="softmax", sequences=0
+):
+    """Switch Transformers, appendix B and figure 11, for k experts per token.
+
+    Losses are those of `asked`, the plain top-k.
+    """
+    plain = with_all_losses(top_k, sequences) if sequences else top_k
+    asked = plain(x, w, mask, noise, k=k, normalize=normalize, score=score)
+    logits = x @ w["kernel"]
+    num_tokens, num_experts = logits.shape
+    scores = softmaxes(logits) if score == "softmax" else sigmoid(logits)
+    free = [capacity_of(factor, k, num_tokens, num_experts)] * num_experts
+    ranked = [top(row, rounds) for row in logits]
+    places = [[] for _ in range(num_tokens)]
+    for turn in range(rounds):
+        for n in range(num_tokens):
+            wanted = ranked[n][turn]
+            if mask[n] and len(places[n]) < k and free[wanted]:
+                free[wanted] -= 1
+                places[n].append(wanted)
+    others = [[e for e in row if e not in found] for row, found in zip(ranked, places, strict=True)]
+    chosen = np.array([(places[n] + others[n])[:k] for n in range(num_tokens)])
+    kept = np.array([[j < len(places[n]) for j in range(k)] for n in range(num_tokens)])
+    weights = np.take_along_axis(scores, chosen, axis=1)
+    if normalize and k > 1:
+        weights = weights / weights.sum(axis=1, keepdims=True)
+    return dataclasses.replace(asked, experts=chosen, weights=weights * kept, kept=kept)
 
 
 def noisy_top_k(x, w, mask, noise, *, k):
@@ -182,6 +231,13 @@ def hashed(x, w, mask, noise, *, k, projection):
     """The k largest products with a fixed random matrix; equal weights."""
     logits = x @ projection if noise is None else noise
     chosen = [top(row, k) for row in logits]
+    return decision(chosen, np.full((len(x), k), 1.0 / k), logits, softmaxes(logits), mask)
+
+
+def token_hash(x, w, mask, noise, *, k, num_experts, table, ids):
+    """Roller et al. 2021, section 3: a fixed table of the ids' experts; equal weights."""
+    chosen = [table[each % len(table)] for each in ids]
+    logits = np.zeros((len(x), num_experts))
     return decision(chosen, np.full((len(x), k), 1.0 / k), logits, softmaxes(logits), mask)
 
 

@@ -22,19 +22,31 @@ COEFFICIENTS = {
     "l1": 1.0,
     "entropy": 0.6,
     "unused": 0.2,
+    "sequence_balance": 0.8,
+    "local_entropy": 0.9,
+    "global_entropy": 1.1,
+}
+# The losses that are off unless they have a coefficient, whatever it is.
+ALL_LOSSES = {
+    "sequence_balance_weight": 1.0,
+    "local_entropy_weight": 1.0,
+    "global_entropy_weight": 1.0,
 }
 BIAS = np.array([0.4, -0.3, 0.0, 0.2, -0.5, 0.1])
 PENALTY = 0.25
+VOCABULARY = 11
+IDS = np.array([3, 12, 0, 10, 3, -1, 7, 5, 30], "int32")
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A router, its oracle, and what that must know."""
+    """A router, its oracle, what that must know, and the sequences that the tokens are."""
 
     make: Callable[[], routers.Router]
     rule: Callable[..., oracle.Decision]
     settings: dict[str, Any]
     is_noisy: bool = False
+    sequences: int = 1
 
 
 def top_k(k, **arguments):
@@ -71,6 +83,20 @@ def relu(aim, most=None):
         oracle.relu,
         {"k": most or E, "aim": aim, "penalty": PENALTY},
     )
+
+
+def no_token_left(k, factor, rounds=E, **arguments):
+    settings = {"k": k, "factor": factor, "rounds": rounds, **arguments}
+    return Case(
+        lambda: routers.NoTokenLeftRouter(E, k, capacity_factor=factor, rounds=rounds, **arguments),
+        oracle.no_token_left,
+        settings,
+    )
+
+
+def with_all_losses(make, rule, sequences, is_noisy=False, **settings):
+    rule = oracle.with_all_losses(rule, sequences)
+    return Case(lambda: make(**ALL_LOSSES), rule, settings, is_noisy, sequences)
 
 
 def dselect(k, num_experts=E, static=False, gamma=4.0):
@@ -116,6 +142,56 @@ CASES = {
     "dselect_3_static": dselect(3, static=True),
     "hash": Case(lambda: routers.HashRouter(E, 2, seed=3), oracle.hashed, {"k": 2}),
     "random": Case(lambda: routers.RandomRouter(E, 2, seed=3), oracle.hashed, {"k": 2}, True),
+    "token_hash": Case(
+        lambda: routers.TokenHashRouter(E, VOCABULARY, 3, seed=3),
+        oracle.token_hash,
+        {"k": 3, "num_experts": E, "ids": IDS},
+    ),
+    "no_token_left_1": no_token_left(1, 1.0),
+    "no_token_left_1_drops": no_token_left(1, 0.5),
+    "no_token_left_1_one_round": no_token_left(1, 0.7, rounds=1),
+    "no_token_left_2": no_token_left(2, 0.7),
+    "no_token_left_2_three_rounds": no_token_left(2, 0.5, rounds=3),
+    "no_token_left_2_not_normalized": no_token_left(2, 1.0, normalize=False),
+    "no_token_left_3_sigmoid": no_token_left(3, 0.6, score="sigmoid"),
+    "no_token_left_2_ample": no_token_left(2, 9.0),
+    "no_token_left_2_all_losses_3_sequences": Case(
+        lambda: routers.NoTokenLeftRouter(E, 2, capacity_factor=0.7, **ALL_LOSSES),
+        oracle.no_token_left,
+        {"k": 2, "factor": 0.7, "rounds": E, "sequences": 3},
+        sequences=3,
+    ),
+    "top_1_all_losses": with_all_losses(
+        lambda **more: routers.TopKRouter(E, 1, **more), oracle.top_k, 1, k=1
+    ),
+    "top_2_all_losses_3_sequences": with_all_losses(
+        lambda **more: routers.TopKRouter(E, 2, **more), oracle.top_k, 3, k=2
+    ),
+    "top_2_sigmoid_all_losses_9_sequences": with_all_losses(
+        lambda **more: routers.TopKRouter(E, 2, score="sigmoid", **more),
+        oracle.top_k,
+        9,
+        k=2,
+        score="sigmoid",
+    ),
+    "sigmoid_bias_all_losses_3_sequences": with_all_losses(
+        lambda **more: routers.SigmoidBiasRouter(E, 2, **more),
+        oracle.sigmoid_bias,
+        3,
+        k=2,
+        bias=BIAS,
+    ),
+    "relu_all_losses_3_sequences": with_all_losses(
+        lambda **more: routers.ReLURouter(E, 2, initial_penalty=PENALTY, **more),
+        oracle.relu,
+        3,
+        k=E,
+        aim=2,
+        penalty=PENALTY,
+    ),
+    "noisy_top_2_all_losses_3_sequences": with_all_losses(
+        lambda **more: routers.NoisyTopKRouter(E, 2, **more), oracle.noisy_top_k, 3, True, k=2
+    ),
     "uniform": Case(lambda: routers.UniformRouter(E), oracle.uniform, {"num_experts": E}),
 }
 
@@ -123,16 +199,18 @@ CASES = {
 class WithLosses(keras.layers.Layer):
     """A router whose losses count, with the coefficients above."""
 
-    def __init__(self, router):
+    def __init__(self, router, sequences=1):
         super().__init__(name="outer", dtype="float32")
-        self.router = router
+        self.router, self.sequences = router, sequences
         self.supports_masking = True
 
     def build(self, input_shape):
         self.router.build(input_shape)
 
-    def call(self, inputs, mask=None, training=None):
-        routing = self.router(inputs, mask=mask, training=training)
+    def call(self, inputs, mask=None, training=None, token_ids=None):
+        more = {"token_ids": token_ids} if self.router.needs_token_ids else {}
+        routing = self.router(inputs, mask=mask, training=training, **more)
+        routing = self.router.by_sequence(routing, self.sequences, mask)
         for name, loss in routing.losses.items():
             self.add_loss(coefficients(self.router)[name] * loss)
         return routing
@@ -140,7 +218,12 @@ class WithLosses(keras.layers.Layer):
 
 def coefficients(router):
     # Fixed routers and DSelect-k, whose logits are logarithms of weights, have neither loss.
-    without = (routers.DSelectKRouter, routers.HashRouter, routers.UniformRouter)
+    without = (
+        routers.DSelectKRouter,
+        routers.HashRouter,
+        routers.TokenHashRouter,
+        routers.UniformRouter,
+    )
     if isinstance(router, without):
         return {**COEFFICIENTS, "balance": 0.0, "z_loss": 0.0}
     return COEFFICIENTS
@@ -156,7 +239,7 @@ def test_equals_its_oracle(monkeypatch, name, training, masked):
     mask = np.arange(N) % 4 != 1 if masked else np.ones(N, bool)
     draw = rng.normal(size=(N, E)).astype("float32")
     monkeypatch.setattr(keras.random, "normal", lambda *args, **kwargs: ops.convert_to_tensor(draw))
-    layer = WithLosses(case.make())
+    layer = WithLosses(case.make(), case.sequences)
     layer.build((None, D))
     router = layer.router
     helpers.randomize_weights(layer)
@@ -167,6 +250,8 @@ def test_equals_its_oracle(monkeypatch, name, training, masked):
         settings["training"] = training
     if hasattr(router, "projection"):
         settings["projection"] = ops.convert_to_numpy(router.projection).astype("float64")
+    if "ids" in settings:
+        settings["table"] = ops.convert_to_numpy(router.table)
 
     weights = {
         path.rsplit("/")[-1]: value.astype("float64")
@@ -180,6 +265,8 @@ def test_equals_its_oracle(monkeypatch, name, training, masked):
     real = mask if "iterations" in settings else slice(None)
     cotangent[~mask & ("iterations" in settings)] = 0.0
     call = {"training": training, **({"mask": mask} if masked else {})}
+    if "ids" in settings:
+        call["token_ids"] = IDS
     if layer.trainable_variables:
         routing, losses, gradients = helpers.values_and_gradients(
             layer, x, cotangent, lambda result: result.weights, **call

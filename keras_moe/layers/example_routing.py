@@ -1,0 +1,50 @@
+"""One routing decision per example: from the mean of its tokens, for all of them."""
+
+import math
+from typing import Any
+
+from keras import ops
+
+from keras_moe.routing import Routing
+from keras_moe.types import Tensor
+
+
+def pool_examples(tokens: Tensor, mask: Tensor | None, token_axes: Any) -> tuple[Tensor, Tensor]:
+    """The mean of each example's real tokens, float32 `(batch, d)`, and which have any.
+
+    Args:
+        tokens: `(N, d)`, zero at padding.
+        mask: bool `(N,)`, False at padding, or None.
+        token_axes: the sizes of the axes that the tokens were flattened from, batch first.
+    """
+    batch, per_example = token_axes[0], math.prod(token_axes[1:])
+    if mask is None:
+        is_token = ops.ones((batch, per_example), dtype="bool")
+    else:
+        is_token = ops.reshape(mask, (batch, per_example))
+    # In float32, as all that a router reads: a sum of float16 tokens overflows.
+    grouped = ops.reshape(ops.cast(tokens, "float32"), (batch, per_example, tokens.shape[-1]))
+    count = ops.sum(ops.cast(is_token, "float32"), axis=1, keepdims=True)
+    return ops.sum(grouped, axis=1) / ops.maximum(count, 1.0), ops.any(is_token, axis=1)
+
+
+def spread_over_tokens(decision: Routing, mask: Tensor | None, token_axes: Any) -> Routing:
+    """The decision `(batch, k)` for each real token of its example, `(N, k)`."""
+    per_example = math.prod(token_axes[1:])
+
+    def spread(values: Tensor) -> Tensor:
+        return ops.repeat(values, per_example, axis=0)
+
+    kept = spread(decision.kept)
+    if mask is not None:
+        kept = ops.logical_and(kept, ops.expand_dims(mask, -1))
+    return decision._replace(
+        experts=spread(decision.experts), weights=spread(decision.weights), kept=kept
+    )
+
+
+def kept_examples(decision: Routing, kept: Tensor, token_axes: Any) -> Routing:
+    """The decision with the examples that an expert kept: those of which it kept any token."""
+    top_k = kept.shape[-1]
+    kept = ops.reshape(kept, (token_axes[0], math.prod(token_axes[1:]), top_k))
+    return decision._replace(kept=ops.any(kept, axis=1))
