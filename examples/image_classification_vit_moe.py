@@ -306,6 +306,9 @@ def main(arguments: list[str] | None = None) -> int:
                     return 1
             if seed == 0 and contestant.name == "mixture":
                 use = measure_use(contestant.classifier, images)
+                pictures.draw_use(use, contestant.classifier, images).savefig(
+                    options.out / "experts.png", dpi=110
+                )
 
     seconds = time_steps(contestants, images, options)
     results = show.as_record(contestants, runs, seconds)
@@ -314,7 +317,6 @@ def main(arguments: list[str] | None = None) -> int:
     pictures.draw_learning_curves(contestants, runs, options).savefig(
         options.out / "learning_curves.png", dpi=110
     )
-    pictures.draw_use(use, images).savefig(options.out / "experts.png", dpi=110)
     write_whole(options.out / "figures.json", json.dumps(results, indent=2).encode())
     show.ending(options.out, time.perf_counter() - began)
     return 0

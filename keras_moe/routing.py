@@ -38,7 +38,7 @@ class SoftRouting(NamedTuple):
             causal layer, `(batch, tokens, tokens, E, P)`: entry [b, n, m] is the share of token m
             in the slots that token n reads, 0 for m > n.
         combine: the share of each slot's output in each token; sums to 1 over all slots.
-        logits: the scores both are a softmax of.
+        logits: the scores both are a softmax of; zeros where nothing is scored (see `mixing`).
     """
 
     dispatch: Tensor

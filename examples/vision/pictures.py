@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keras
 import matplotlib
 import numpy as np
 
@@ -9,21 +10,12 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure as Picture
 
+from keras_moe.plots import patch_experts
 from vision.data import Images
 from vision.routing import Use
 
 # Okabe and Ito's colours, told apart by readers with any colour vision.
 MODEL_COLOURS = {"dense": "#D55E00", "mixture": "#0072B2"}
-EXPERT_COLOURS = (
-    "#E69F00",
-    "#56B4E9",
-    "#009E73",
-    "#F0E442",
-    "#0072B2",
-    "#D55E00",
-    "#CC79A7",
-    "#999999",
-)
 SLOTS_SHOWN = 8
 _STYLE = {
     "font.size": 11,
@@ -59,59 +51,51 @@ def draw_learning_curves(contestants: list, runs: dict, options) -> Picture:
     return picture
 
 
-@plt.rc_context(_STYLE)
-def draw_use(use: Use, images: Images) -> Picture:
-    """Draw a row per test image and a column per slot or expert, and their mean in a last row."""
-    columns = distinct(use) if use.is_soft else np.arange(use.weights.shape[-1])
-    extra = 1 if use.is_soft else 2  # the image itself, and the first choices in colours
+def draw_use(use: Use, classifier: keras.Model, images: Images) -> Picture:
+    """Draw what the mixture does with a few test images."""
+    if use.is_soft:
+        return draw_slots(use, images)
     pixels, labels = images.test[0][use.images], images.test[1][use.images]
-    shape = (len(pixels) + 1, len(columns) + extra)
+    titles = [images.recipe.class_names[label] for label in labels]
+    return patch_experts(classifier, pixels.astype("float32"), layer=use.layer, titles=titles)
+
+
+@plt.rc_context(_STYLE)
+def draw_slots(use: Use, images: Images) -> Picture:
+    """Draw a row per test image and a column per slot, and their mean in a last row."""
+    columns = distinct(use)
+    pixels, labels = images.test[0][use.images], images.test[1][use.images]
+    shape = (len(pixels) + 1, len(columns) + 1)
     picture, panels = plt.subplots(*shape, figsize=(1.25 * shape[1] + 1, 1.3 * shape[0] + 0.8))
     for panel in panels.flat:
         panel.set(xticks=[], yticks=[])
         panel.spines[:].set_visible(False)
-    # Of a slot, what counts is more or less than an even share; of an expert, how much.
-    even = 1 / use.weights.shape[1] if use.is_soft else 1.0
+    even = 1 / use.weights.shape[1]  # what counts is more or less than an even share
     strongest = np.percentile(use.weights[..., columns], 99.5) / even
-    scale = (
-        {"cmap": "RdBu_r", "norm": matplotlib.colors.LogNorm(1 / strongest, strongest)}
-        if use.is_soft
-        else {"cmap": "Blues", "vmin": 0, "vmax": strongest}
-    )
+    scale = {"cmap": "RdBu_r", "norm": matplotlib.colors.LogNorm(1 / strongest, strongest)}
     shown = [*pixels, images.test[0][: use.sample].mean(0)]
     names = [images.recipe.class_names[label] for label in labels]
     names.append(f"mean of\n{use.sample:,} images")
     for row, (image, weights) in enumerate(zip(shown, [*use.weights, use.by_place], strict=True)):
         panels[row, 0].imshow(_displayed(image), cmap="gray")
         panels[row, 0].set_ylabel(names[row], rotation=0, ha="right", va="center")
-        if not use.is_soft:
-            _colour_first_choices(panels[row, 1], image, weights, use.patch_size)
-        for place, column in enumerate(columns, extra):
+        for place, column in enumerate(columns, 1):
             panel = panels[row, place]
             heat = _on_pixels(weights[:, column] / even, image.shape, use.patch_size)
             drawn = panel.imshow(heat, **scale)
             _outline(panel, image)
-            if row == 0 and use.is_soft:
+            if row == 0:
                 panel.set_title(f"slot {column + 1}\npeak {use.contrast[column]:.1f}x")
-            elif row == 0:
-                colour = EXPERT_COLOURS[column % len(EXPERT_COLOURS)]
-                panel.set_title(f"expert {column + 1}", bbox={"fc": colour, "ec": "none"})
     panels[0, 0].set_title("image")
-    if not use.is_soft:
-        panels[0, 1].set_title("first\nchoice")
-    meaning = (
-        "a patch's share in the slot's input, over an even share"
-        if use.is_soft
-        else "weight of the expert in the patch's output (0: not chosen)"
-    )
+    meaning = "a patch's share in the slot's input, over an even share"
     bar = picture.colorbar(drawn, ax=panels, label=meaning, shrink=0.5, aspect=40, pad=0.01)
-    if use.is_soft:  # a logarithmic axis would mark powers of ten, of which there is one
-        halves = np.linspace(0, np.log(strongest), 3)[1:]
-        bar.set_ticks(np.exp([*-halves[::-1], 0, *halves]), minor=False)
-        bar.ax.yaxis.set_major_formatter("{x:.2f}")
-        bar.minorticks_off()
-    what = "Which patches the slots mix" if use.is_soft else "Which patches go to which expert"
-    picture.suptitle(f"{what}: {use.layer} on test images", fontweight="bold")
+    # A logarithmic axis would mark powers of ten, of which there is one.
+    halves = np.linspace(0, np.log(strongest), 3)[1:]
+    bar.set_ticks(np.exp([*-halves[::-1], 0, *halves]), minor=False)
+    bar.ax.yaxis.set_major_formatter("{x:.2f}")
+    bar.minorticks_off()
+    title = f"Which patches the slots mix: {use.layer} on test images"
+    picture.suptitle(title, fontweight="bold")
     return picture
 
 
@@ -139,12 +123,3 @@ def _outline(panel, image: np.ndarray) -> None:
     """Draw where the image is half as bright as it gets."""
     grey = image.astype(float).mean(-1)
     panel.contour(grey, levels=[(grey.min() + grey.max()) / 2], colors="0.15", linewidths=0.8)
-
-
-def _colour_first_choices(panel, image: np.ndarray, weights: np.ndarray, patch_size: int) -> None:
-    """Colour each patch by the expert it takes most of; black where none had room for it."""
-    colours = np.array([matplotlib.colors.to_rgb(colour) for colour in EXPERT_COLOURS])
-    best = colours[weights.argmax(-1) % len(colours)] * (weights.max(-1) > 0)[:, None]
-    channels = [_on_pixels(best[:, channel], image.shape, patch_size) for channel in range(3)]
-    panel.imshow(np.stack(channels, -1))
-    _outline(panel, image)

@@ -8,7 +8,7 @@ from keras_moe.dispatch import backend
 from keras_moe.dispatch.carrier import Carrier, ExpertBank, bin_of_assignments
 from keras_moe.dispatch.permute import combine, gather_tokens
 from keras_moe.dispatch.plan import block_slots, sort_into_bins
-from keras_moe.dispatch.ragged import by_rows, carry_ragged, takes_groups
+from keras_moe.dispatch.ragged import carry_ragged, takes_groups
 from keras_moe.routing import Routing
 from keras_moe.types import Config, Tensor
 
@@ -56,8 +56,7 @@ class BlocksCarrier(Carrier):
             return self._carry_padded(tokens, routing, experts, training)
         total = ops.shape(routing.experts)[0] * routing.experts.shape[-1]
         padding = walker.row_padding(total, experts.num_experts)
-        carry = walker.carry if hasattr(walker, "carry") else by_rows(walker.walk)
-        return carry_ragged(tokens, routing, experts, carry, padding, training)
+        return carry_ragged(tokens, routing, experts, walker.carry, padding, training)
 
     def _carry_padded(
         self, tokens: Tensor, routing: Routing, experts: ExpertBank, training: bool | None

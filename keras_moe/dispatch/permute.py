@@ -29,7 +29,7 @@ def gather_tokens(tokens: Tensor, slots: Slots, top_k: int) -> Tensor:
     filler = ops.minimum(ops.min(slots.assignment), ops.cast(total - 1, "int32"))
     assignment = ops.where(slots.assignment < total, slots.assignment, filler)
     token = ops.mod(assignment, ops.maximum(count, 1))
-    source, is_kept = _slots_by_choice(slots, top_k)
+    source, is_kept = slots_by_choice(slots, top_k)
     return _with_gradient(_gather, _gather_gradient, (tokens,), (token, source, is_kept))
 
 
@@ -46,7 +46,7 @@ def combine(outputs: Tensor, slots: Slots, weights: Tensor) -> tuple[Tensor, Ten
     """
     top_k = weights.shape[-1]
     total = ops.shape(slots.slot_of)[0]
-    source, is_kept = _slots_by_choice(slots, top_k)
+    source, is_kept = slots_by_choice(slots, top_k)
     is_filled = slots.assignment < total
     assignment = ops.where(is_filled, slots.assignment, 0)
     token = ops.mod(assignment, ops.maximum(total // top_k, 1))
@@ -68,7 +68,7 @@ def _gather_gradient(
     upstream: Tensor, tokens: Tensor, token: Tensor, source: Tensor, is_kept: Tensor
 ) -> tuple[Tensor]:
     del token
-    return (ops.cast(sum(_by_choice(upstream, source, is_kept)), tokens.dtype),)
+    return (ops.cast(sum(rows_by_choice(upstream, source, is_kept)), tokens.dtype),)
 
 
 def _combine(
@@ -84,7 +84,7 @@ def _combine(
     of_choice = ops.unstack(ops.cast(weights, _wide(outputs)), weights.shape[-1], axis=-1)
     sums = sum(
         chosen * ops.expand_dims(weight, -1)
-        for chosen, weight in zip(_by_choice(outputs, source, is_kept), of_choice, strict=True)
+        for chosen, weight in zip(rows_by_choice(outputs, source, is_kept), of_choice, strict=True)
     )
     return ops.cast(sums, outputs.dtype)
 
@@ -105,7 +105,7 @@ def _combine_gradient(
     by_outputs = ops.cast(_take(upstream, token), wide) * ops.expand_dims(of_slot, -1)
     by_weights = [
         ops.sum(chosen * ops.cast(upstream, wide), axis=-1)
-        for chosen in _by_choice(outputs, source, is_kept)
+        for chosen in rows_by_choice(outputs, source, is_kept)
     ]
     return (
         ops.cast(by_outputs, outputs.dtype),
@@ -134,14 +134,14 @@ def _with_gradient(
     return run(*inputs)
 
 
-def _slots_by_choice(slots: Slots, top_k: int) -> tuple[Tensor, Tensor]:
-    """The slot of each choice of each token, `(k, N)`, and whether it has one."""
+def slots_by_choice(slots: Slots, top_k: int) -> tuple[Tensor, Tensor]:
+    """The slot of each choice of each token, `(k, N)`, 0 for none, and whether it has one."""
     by_choice = ops.reshape(slots.slot_of, (top_k, -1))
     is_kept = by_choice < ops.shape(slots.assignment)[0]
     return ops.where(is_kept, by_choice, 0), is_kept
 
 
-def _by_choice(rows: Tensor, source: Tensor, is_kept: Tensor) -> list[Tensor]:
+def rows_by_choice(rows: Tensor, source: Tensor, is_kept: Tensor) -> list[Tensor]:
     """The rows `(N, out)` of every first choice, every second one and so on; 0 where none is kept.
 
     One by one: a single gather of all choices, `(k, N, out)`, takes XLA:CPU ten times as long.

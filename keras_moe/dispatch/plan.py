@@ -70,7 +70,6 @@ def sort_into_bins(bin_of: Tensor, num_bins: int | Tensor) -> Bins:
         bin_of: int32 `(A,)`, the bin of each assignment, `num_bins` for none.
         num_bins: how many bins there are.
     """
-    bin_of = computed_once(bin_of)
     total = ops.shape(bin_of)[0]
     sorted_bins, order = _sort(bin_of, total, num_bins)
     edges = ops.cast(
@@ -78,12 +77,6 @@ def sort_into_bins(bin_of: Tensor, num_bins: int | Tensor) -> Bins:
         "int32",
     )
     return Bins(order, _inverse(order, total), edges, bin_of)
-
-
-def computed_once(tensor: Tensor) -> Tensor:
-    """The same tensor; where a compiler would compute it anew for each reader, it must not."""
-    own = getattr(backend.current(), "computed_once", None)
-    return tensor if own is None else own(tensor)
 
 
 def _inverse(order: Tensor, total: int | Tensor) -> Tensor:

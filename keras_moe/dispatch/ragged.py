@@ -6,7 +6,7 @@ from keras import ops
 
 from keras_moe.dispatch.carrier import ExpertBank, bin_of_assignments
 from keras_moe.dispatch.permute import combine, gather_tokens
-from keras_moe.dispatch.plan import Slots, computed_once, ragged_slots, sort_into_bins
+from keras_moe.dispatch.plan import Slots, ragged_slots, sort_into_bins
 from keras_moe.dispatch.stages import Stage
 from keras_moe.routing import Routing
 from keras_moe.types import Tensor
@@ -46,10 +46,8 @@ def carry_ragged(
     slots = ragged_slots(bins, padding)
     count = ops.shape(slots.assignment)[0]
 
-    weights = computed_once(routing.weights)
-
     def grouped(tokens: Tensor, stages_of: Callable[[int | Tensor], list[Stage]]) -> Tensor:
-        return carry(tokens, weights, slots, bins.ends, stages_of(count))
+        return carry(tokens, routing.weights, slots, bins.ends, stages_of(count))
 
     outputs = experts(tokens, grouped=grouped, training=training)
     kept = ops.reshape(slots.slot_of < count, (routing.experts.shape[-1], -1))

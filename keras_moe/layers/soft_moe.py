@@ -4,18 +4,19 @@ import math
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
-from keras_moe import _checks, _numerics
+from keras_moe import _checks
 from keras_moe.layers.feed_forward import (
     ExpertFeedForward,
     flat_mask,
     zero_where_padded,
 )
 from keras_moe.layers.naming import name_or_default
-from keras_moe.layers.running_sums import RunningSums, check_built
+from keras_moe.layers.running_sums import check_built
+from keras_moe.layers.soft_counts import SoftCounts
 from keras_moe.routers.soft import SoftRouter
-from keras_moe.routing import SoftRouting
 from keras_moe.types import (
     Activation,
     Config,
@@ -44,9 +45,16 @@ class SoftMoE(ExpertFeedForward):
             are Keras layers. Defaults to `None`.
         slots_per_expert: Positive integer, the slots P of each expert. Defaults to `1` (the
             paper's).
+        mixing: `"soft"`, or an ablation of the paper, to tell what soft mixing is worth:
+            `"soft_uniform"` averages the slots' outputs in place of the combine softmax,
+            `"uniform_soft"` fills every slot with the mean of the real tokens, `"uniform"` does
+            both, and with `"identity"` token i is slot i, so that tokens must be as many as slots
+            (padding included). `"uniform"` and `"identity"` have no `router/phi` and
+            `router/scale`. Defaults to `"soft"`.
         causal: Whether token n's output depends on tokens 0 to n alone: it is what the layer would
             give token n of the sequence cut off after it. Exact, and n times the expert work: each
-            token has its own slots. Defaults to `False`.
+            token has its own slots. Not with `"identity"`, where no token sees another. Defaults to
+            `False`.
         experts: `"mlp"`, `"glu"` (gated hidden layer), a bank such as `ExpertMLP`, a Keras layer
             that is copied E times, the config of one of these, or a list of E Keras layers; what
             the layer does not build itself takes none of the arguments below that describe
@@ -87,8 +95,8 @@ class SoftMoE(ExpertFeedForward):
         `return_routing=True` (see there for `causal`).
 
     Raises:
-        ValueError: on sizes that are not positive, inputs of rank 1, or a mask that has not one
-            entry per token.
+        ValueError: on sizes that are not positive, an unknown `mixing`, inputs of rank 1, a mask
+            that has not one entry per token, or tokens that `"identity"` does not take.
 
     Example:
 
@@ -99,7 +107,8 @@ class SoftMoE(ExpertFeedForward):
     (4, 10, 16)
 
     Reference:
-        Puigcerver et al. 2023, "From Sparse to Soft Mixtures of Experts", algorithms 1 and 2.
+        Puigcerver et al. 2023, "From Sparse to Soft Mixtures of Experts", algorithms 1 and 2, and
+        table 2 and appendix A for `mixing`.
     """
 
     def __init__(
@@ -108,6 +117,7 @@ class SoftMoE(ExpertFeedForward):
         hidden_dim: int | None = None,
         *,
         slots_per_expert: int = 1,
+        mixing: str = "soft",
         causal: bool = False,
         experts: Any = "mlp",
         output_dim: int | None = None,
@@ -153,20 +163,21 @@ class SoftMoE(ExpertFeedForward):
         self.router = SoftRouter(
             self.num_experts,
             self.slots_per_expert,
+            mixing=mixing,
             causal=self.causal,
             phi_initializer=self.phi_initializer,
             scale_initializer=self.scale_initializer,
             phi_regularizer=self.phi_regularizer,
             name="router",
         )
+        self.mixing = self.router.mixing
 
     def build(self, input_shape: Any) -> None:
         width = _checks.token_shape("SoftMoE", tuple(input_shape))
         self.input_spec = keras.layers.InputSpec(min_ndim=2, axes={-1: width})
         self.router.build((None, None, width))
         self._build_experts(width)
-        self._importance = RunningSums(self, "importance", (self.num_experts,))
-        self._totals = RunningSums(self, "totals", (2,))  # decisions, entropy
+        self._counts = SoftCounts(self, self.num_experts, self.slots_per_expert)
 
     def call(
         self,
@@ -194,7 +205,7 @@ class SoftMoE(ExpertFeedForward):
         outputs = ops.reshape(ops.matmul(combine, outputs), (batch, count, outputs.shape[-1]))
         outputs = ops.cast(zero_where_padded(outputs, token_mask), self.compute_dtype)
         if training:
-            self._count(routing, token_mask)
+            self._counts.add(routing, token_mask, self.router.visible(count, token_mask))
         if self._recorder is not None:
             self._recorder(routing)
         outputs = ops.reshape(outputs, (*token_axes, outputs.shape[-1]))
@@ -216,37 +227,39 @@ class SoftMoE(ExpertFeedForward):
         outputs = ops.transpose(outputs, (1, 0, 2, 3))
         return ops.reshape(outputs, (batch, sets, num_slots, output_dim))
 
-    def _count(self, routing: SoftRouting, mask: Tensor | None) -> None:
-        shape = ops.shape(routing.combine)
-        num_slots = self.num_experts * self.slots_per_expert
-        entropy = _numerics.entropy(ops.reshape(routing.logits, (shape[0], shape[1], num_slots)))
-        # A token that is not finite has no entropy: it is left out.
-        is_counted = ops.isfinite(entropy)
-        if mask is not None:
-            is_counted = ops.logical_and(is_counted, mask)
-        mass = ops.where(is_counted[..., None], ops.sum(routing.combine, axis=-1), 0.0)
-        entropy = ops.where(is_counted, entropy, 0.0)
-        decisions = ops.sum(ops.cast(is_counted, "float32"))
-        self._importance.add(ops.sum(mass, axis=(0, 1)))
-        self._totals.add(ops.stack([decisions, ops.sum(entropy)]))
-
     def running_counts(self) -> dict[str, Any]:
         """What was counted in training since the last reset.
 
         Returns:
-            A dict of float64 arrays, padding excluded: `importance (E,)`, the tokens' combine
-            weight per expert; `decisions`, the tokens; `entropy`, the sum over them of the entropy
-            of their combine weights over all slots, in nats.
+            A dict of float64 arrays, padding excluded: `importance (E,)` and `slot_importance (E,
+            P)`, the tokens' combine weight per expert and per slot; `decisions`, the tokens;
+            `entropy`, the sum over them of the entropy of their combine weights over all slots, in
+            nats; `sequences`; `dispatch_min` and `dispatch_max`, the sums over them of the least
+            and the most dispatched token's weight in all slots, over the mean token's. Of a causal
+            layer every real token ends a sequence of its own.
         """
         check_built(self)
-        decisions, entropy = self._totals.read()
-        return {"importance": self._importance.read(), "decisions": decisions, "entropy": entropy}
+        return self._counts.read()
 
     def reset_running_counts(self) -> None:
         """Starts the running counts again from 0."""
         check_built(self)
-        self._importance.reset()
-        self._totals.reset()
+        self._counts.reset()
+
+    def slot_cosines(self) -> np.ndarray[Any, np.dtype[np.float64]] | None:
+        """How alike the slots are.
+
+        Returns:
+            A float64 array `(E P, E P)`, the absolute cosines of the slots' vectors `phi`; None
+            where nothing is scored, so that there are none.
+        """
+        check_built(self)
+        if self.router.phi is None:
+            return None
+        phi = np.asarray(ops.convert_to_numpy(self.router.phi.value), dtype=np.float64)
+        phi = phi.reshape(phi.shape[0], -1)
+        phi = phi / np.maximum(np.linalg.norm(phi, axis=0), 1e-12)
+        return np.abs(phi.T @ phi)
 
     def compute_output_spec(
         self,
@@ -256,16 +269,15 @@ class SoftMoE(ExpertFeedForward):
         return_routing: bool = False,
     ) -> Any:
         outputs = self._output_spec(inputs, mask)
-        if not return_routing:
-            return outputs
         batch, *axes, _ = tuple(inputs.shape)
-        count = None if None in axes else math.prod(axes)
-        return outputs, self.router.routing_spec((batch, count))
+        routing = self.router.routing_spec((batch, None if None in axes else math.prod(axes)))
+        return (outputs, routing) if return_routing else outputs
 
     def get_config(self) -> Config:
         return {
             **super().get_config(),
             "slots_per_expert": self.slots_per_expert,
+            "mixing": self.mixing,
             "causal": self.causal,
             "phi_initializer": keras.initializers.serialize(self.phi_initializer),
             "scale_initializer": keras.initializers.serialize(self.scale_initializer),

@@ -4,14 +4,12 @@ from typing import Any
 
 import numpy as np
 
-from keras_moe import _checks
-from keras_moe._mixtures import mixture_layers, unique_names
-from keras_moe.recording import record_routing
-
 # Perceptually even, and told apart by the colour-blind and in grey.
 AMOUNT = "cividis"
 # Okabe and Ito's colours.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+# The same for fills that letters stand on, and a grey for what has no colour of its own.
+FILLS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#999999")
 _MOST_LABELS = 32
 
 
@@ -63,53 +61,25 @@ def numbered(count: int) -> list[str]:
     return [str(number) for number in range(count)]
 
 
-def records_of(model: Any, x: Any, batch_size: int, fields: tuple[str, ...]) -> dict[str, Any]:
-    """What the mixture layers that give `fields` decide about `x`, batches joined.
+def expert_colours(used: Any) -> tuple[list[str], Any]:
+    """Each expert's fill, and whether it is its own, bool `(E,)`.
 
-    Returns:
-        By layer name, a dict of arrays by field. Only what is asked for is kept of a batch.
+    Where there are more experts than fills, the most used ones have one, the others are grey.
+
+    Args:
+        used: How much each expert is used, `(E,)`.
     """
-    parts: dict[str, dict[str, list[Any]]] = {}
-    total = len(next(iter(x.values())) if isinstance(x, dict) else x)
-    for start in range(0, total, batch_size):
-        stop = start + batch_size
-        if isinstance(x, dict):
-            batch: Any = {name: each[start:stop] for name, each in x.items()}
-        else:
-            batch = x[start:stop]
-        with record_routing(model) as records:
-            model(batch, training=False)
-        for name, calls in records.items():
-            for record in calls:
-                if all(hasattr(record, field) for field in fields):
-                    found = parts.setdefault(name, {field: [] for field in fields})
-                    for field in fields:
-                        found[field].append(getattr(record, field))
-    return {
-        name: {field: np.concatenate(arrays) for field, arrays in found.items()}
-        for name, found in parts.items()
-    }
+    num_experts = len(used)
+    if num_experts <= len(FILLS):
+        return list(FILLS[:num_experts]), np.ones(num_experts, dtype=bool)
+    most = np.sort(np.argsort(-used, kind="stable")[: len(FILLS) - 1])
+    colours = [FILLS[-1]] * num_experts
+    for place, expert in enumerate(most):
+        colours[expert] = FILLS[place]
+    return colours, np.isin(np.arange(num_experts), most)
 
 
-def one_layer(by_layer: dict[str, Any], layer: str | None, kind: str) -> tuple[str, Any]:
-    """The named layer's entry, or the only one.
-
-    Raises:
-        ValueError: where there is none, or several and no name.
-    """
-    if layer is None and len(by_layer) == 1:
-        return next(iter(by_layer.items()))
-    if layer not in by_layer:
-        _checks.fail(f"`layer` must name {kind}: one of {sorted(by_layer)}.", layer=layer)
-    return str(layer), by_layer[str(layer)]
-
-
-def named_layers(model: Any) -> list[tuple[str, Any]]:
-    """The mixture layers of a model by name."""
-    return unique_names(mixture_layers(model))
-
-
-def takers_of(record: dict[str, Any], num_experts: int) -> Any:
-    """Which experts of a sparse layer take a token, bool `(..., E)`: none that dropped it."""
-    chosen = record["experts"][..., None] == np.arange(num_experts)
-    return (chosen & record["kept"][..., None]).any(axis=-2)
+def tint(colour: str, share: float = 0.55) -> tuple[float, ...]:
+    """The colour mixed with white, light enough for black letters."""
+    parts = (int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5))
+    return tuple(1.0 - share * (1.0 - part) for part in parts)

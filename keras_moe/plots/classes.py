@@ -6,15 +6,8 @@ from typing import Any
 import numpy as np
 
 from keras_moe import _checks
-from keras_moe.plots._canvas import (
-    heat_map,
-    named_layers,
-    new_figure,
-    numbered,
-    one_layer,
-    records_of,
-    takers_of,
-)
+from keras_moe.plots._canvas import heat_map, new_figure, numbered
+from keras_moe.plots._records import named_layers, one_layer, records_of, takers_of
 
 
 def class_by_expert(

@@ -7,14 +7,8 @@ from typing import Any
 import numpy as np
 
 from keras_moe import _checks
-from keras_moe.plots._canvas import (
-    heat_map,
-    named_layers,
-    new_figure,
-    numbered,
-    records_of,
-    takers_of,
-)
+from keras_moe.plots._canvas import heat_map, new_figure, numbered
+from keras_moe.plots._records import named_layers, records_of, takers_of
 
 
 def expert_load(model: Any, x: Any, *, batch_size: int = 256) -> Any:

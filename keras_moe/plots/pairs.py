@@ -3,17 +3,9 @@
 from typing import Any
 
 import numpy as np
-from keras import ops
 
-from keras_moe.plots._canvas import (
-    heat_map,
-    named_layers,
-    new_figure,
-    numbered,
-    one_layer,
-    records_of,
-    takers_of,
-)
+from keras_moe.plots._canvas import heat_map, new_figure, numbered
+from keras_moe.plots._records import named_layers, one_layer, records_of, takers_of
 
 
 def coactivation(model: Any, x: Any, *, layer: str | None = None, batch_size: int = 256) -> Any:
@@ -58,13 +50,10 @@ def slot_similarity(model: Any, *, layer: str | None = None) -> Any:
     soft = {
         name: each
         for name, each in named_layers(model)
-        if hasattr(getattr(each, "router", None), "phi")
+        if hasattr(each, "slot_cosines") and each.slot_cosines() is not None
     }
     name, found = one_layer(soft, layer, "a `SoftMoE`")
-    phi = ops.convert_to_numpy(found.router.phi)
-    phi = phi.reshape(phi.shape[0], -1).astype(np.float64)
-    phi = phi / np.maximum(np.linalg.norm(phi, axis=0), 1e-12)
-    cosines = np.abs(phi.T @ phi)
+    cosines = found.slot_cosines()
     np.fill_diagonal(cosines, np.nan)
     slots = [
         f"{slot // found.slots_per_expert}.{slot % found.slots_per_expert}"

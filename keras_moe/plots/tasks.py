@@ -4,14 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from keras_moe.plots._canvas import (
-    COLOURS,
-    named_layers,
-    new_figure,
-    numbered,
-    one_layer,
-    records_of,
-)
+from keras_moe.plots._canvas import COLOURS, new_figure, numbered
+from keras_moe.plots._records import named_layers, one_layer, records_of
 
 
 def task_gates(model: Any, x: Any, *, layer: str | None = None, batch_size: int = 256) -> Any:

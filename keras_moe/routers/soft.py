@@ -12,6 +12,14 @@ from keras_moe.routing import SoftRouting
 from keras_moe.types import Config, InitializerLike, RegularizerLike, Tensor
 
 _EPSILON = 1e-6  # vmoe's; the paper's x / (norm + eps) has a NaN gradient at a zero vector
+# How tokens are dispatched to slots, and how slots are combined into tokens.
+_MIXINGS = {
+    "soft": ("soft", "soft"),
+    "soft_uniform": ("soft", "uniform"),
+    "uniform_soft": ("uniform", "soft"),
+    "uniform": ("uniform", "uniform"),
+    "identity": ("identity", "identity"),
+}
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -26,6 +34,10 @@ class SoftRouter(keras.layers.Layer):
     Args:
         num_experts: Positive integer, the number of experts E.
         slots_per_expert: Positive integer, the slots P of each expert. Defaults to `1`.
+        mixing: `"soft"`, or one of the paper's ablations: `"soft_uniform"` has a uniform combine
+            (1 / (E P)), `"uniform_soft"` a uniform dispatch (1 / tokens, of a sequence's real
+            ones), `"uniform"` both, and with `"identity"` token i is slot i. Where nothing is
+            scored (`"uniform"`, `"identity"`) there are no weights. Defaults to `"soft"`.
         causal: Whether the slots that a token reads mix only the tokens up to it: one set of slots
             per token. Defaults to `False`.
         phi_initializer: Initializer of `phi`. Its size cancels in the norm; defaults to
@@ -41,8 +53,13 @@ class SoftRouter(keras.layers.Layer):
         A `keras_moe.SoftRouting` of shape `(batch, n, E, P)`; with `causal`, its `dispatch` is
         `(batch, n, n, E, P)`.
 
+    Raises:
+        ValueError: on sizes that are not positive, an unknown `mixing`, one of `"identity"` that is
+            causal, or where its tokens are not as many as the slots.
+
     Reference:
-        Puigcerver et al. 2023, "From Sparse to Soft Mixtures of Experts", algorithms 1 and 2.
+        Puigcerver et al. 2023, "From Sparse to Soft Mixtures of Experts", algorithms 1 and 2, and
+        table 2 and appendix A for `mixing`.
     """
 
     def __init__(
@@ -50,6 +67,7 @@ class SoftRouter(keras.layers.Layer):
         num_experts: int,
         slots_per_expert: int = 1,
         *,
+        mixing: str = "soft",
         causal: bool = False,
         phi_initializer: InitializerLike = "lecun_normal",
         scale_initializer: InitializerLike = "ones",
@@ -60,24 +78,38 @@ class SoftRouter(keras.layers.Layer):
         super().__init__(**kwargs)
         self.num_experts = _checks.positive_int("num_experts", num_experts)
         self.slots_per_expert = _checks.positive_int("slots_per_expert", slots_per_expert)
+        self.mixing = _checks.one_of("mixing", mixing, _MIXINGS)
         self.causal = bool(causal)
+        if self.causal and self.mixing == "identity":
+            _checks.fail(
+                "`causal` must be False where `mixing` is 'identity': no token sees another.",
+                causal=causal,
+            )
         self.phi_initializer = keras.initializers.get(phi_initializer)
         self.scale_initializer = keras.initializers.get(scale_initializer)
         self.phi_regularizer = keras.regularizers.get(phi_regularizer)
+        self.phi: Any = None
+        self.scale: Any = None
         self.supports_masking = True
+
+    @property
+    def num_slots(self) -> int:
+        """The slots of all experts, E P."""
+        return self.num_experts * self.slots_per_expert
 
     def build(self, input_shape: Any) -> None:
         width = _checks.token_shape("SoftRouter", tuple(input_shape), min_rank=3)
-        slots = (self.num_experts, self.slots_per_expert)
+        if "soft" not in _MIXINGS[self.mixing]:
+            return  # weights that nothing reads would get no gradient
 
         def as_matrix(shape: Any, dtype: Any = None) -> Tensor:
             # Drawn as (d, E P), since Keras counts middle axes in the fan.
             initializer = FiniteInitializer(self.phi_initializer, "router/phi")
-            return ops.reshape(initializer((width, slots[0] * slots[1]), dtype=dtype), shape)
+            return ops.reshape(initializer((width, self.num_slots), dtype=dtype), shape)
 
         self.phi = self.add_weight(
             name="phi",
-            shape=(width, *slots),
+            shape=(width, self.num_experts, self.slots_per_expert),
             initializer=as_matrix,
             regularizer=self.phi_regularizer,
         )
@@ -89,31 +121,60 @@ class SoftRouter(keras.layers.Layer):
 
     def call(self, inputs: Tensor, mask: Tensor | None = None) -> SoftRouting:
         batch, count, _ = ops.shape(inputs)
-        num_slots = self.num_experts * self.slots_per_expert
-        phi = ops.reshape(self.phi, (-1, num_slots))
-        phi = self.scale * _l2_normalize(phi, axis=0)
-        logits = ops.matmul(_l2_normalize(inputs, axis=-1), phi)  # (b, n, e p)
+        self.check_count(count)
+        logits = self._logits(inputs)
+        dispatch, combine = self._weights(logits, self.visible(count, mask))
         prefixes = (count,) if self.causal else ()
         slots = (self.num_experts, self.slots_per_expert)
         return SoftRouting(
-            dispatch=ops.reshape(self._dispatch(logits, mask), (batch, *prefixes, count, *slots)),
-            combine=ops.reshape(softmax(logits, axis=-1), (batch, count, *slots)),
+            dispatch=ops.reshape(dispatch, (batch, *prefixes, count, *slots)),
+            combine=ops.reshape(combine, (batch, count, *slots)),
             logits=ops.reshape(logits, (batch, count, *slots)),
         )
 
-    def _dispatch(self, logits: Tensor, mask: Tensor | None) -> Tensor:
-        """Softmax over the tokens that a slot may see, `(b, n, s)`, or `(b, prefix, n, s)`."""
-        visible = None if mask is None else ops.expand_dims(mask, -1)  # (b, n, 1)
+    def _logits(self, inputs: Tensor) -> Tensor:
+        """Scores `(b, n, s)`; zeros where nothing is scored."""
+        if self.phi is None:
+            return ops.zeros((*ops.shape(inputs)[:-1], self.num_slots), dtype="float32")
+        phi = ops.reshape(self.phi, (-1, self.num_slots))
+        phi = self.scale * _l2_normalize(phi, axis=0)
+        return ops.matmul(_l2_normalize(inputs, axis=-1), phi)
+
+    def _weights(self, logits: Tensor, visible: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Dispatch, `(b, n, s)` or `(b, prefix, n, s)`, and combine, `(b, n, s)`."""
+        if self.mixing == "identity":
+            one_to_one = logits + ops.eye(self.num_slots, dtype="float32")  # of scores that are 0
+            return _hide(one_to_one, visible), one_to_one
+        dispatch, combine = (  # a softmax of equal scores is uniform
+            logits if kind == "soft" else ops.zeros_like(logits) for kind in _MIXINGS[self.mixing]
+        )
         if self.causal:
-            position = ops.arange(ops.shape(logits)[1], dtype="int32")
-            is_past = (position <= ops.expand_dims(position, -1))[None, :, :, None]
-            visible = is_past if visible is None else ops.logical_and(is_past, visible[:, None])
-            logits = ops.expand_dims(logits, 1)
-        if visible is None:
-            return softmax(logits, axis=-2)
-        seen = softmax(ops.where(visible, logits, ops.full_like(logits, -1e30)), axis=-2)
+            dispatch = ops.expand_dims(dispatch, 1)
+        if visible is not None:
+            unseen = ops.full_like(dispatch, -1e30)
+            dispatch = ops.where(ops.expand_dims(visible, -1), dispatch, unseen)
         # Where nothing is visible the softmax is uniform, and set to zero here.
-        return ops.where(visible, seen, ops.zeros_like(seen))
+        return _hide(softmax(dispatch, axis=-2), visible), softmax(combine, axis=-1)
+
+    def visible(self, count: int | Tensor, mask: Tensor | None) -> Tensor | None:
+        """Which tokens a slot mixes, bool `(batch, n)`; with `causal` `(batch, n, n)`, entry
+        [b, n, m] for token m in the slots that token n reads. None for all of them.
+        """
+        if not self.causal:
+            return mask
+        position = ops.arange(count, dtype="int32")
+        is_past = (position <= ops.expand_dims(position, -1))[None]
+        return is_past if mask is None else ops.logical_and(is_past, mask[:, None])
+
+    def check_count(self, count: Any) -> None:
+        """Fails where `mixing` is "identity" and a known number of tokens is not that of slots."""
+        is_wrong = isinstance(count, int) and count != self.num_slots
+        if self.mixing == "identity" and is_wrong:
+            _checks.fail(
+                "`mixing='identity'` takes as many tokens as there are slots, "
+                f"num_experts * slots_per_expert = {self.num_slots}.",
+                tokens=count,
+            )
 
     def compute_output_spec(self, inputs: Tensor, mask: Tensor | None = None) -> SoftRouting:
         return self.routing_spec(tuple(inputs.shape)[:-1])
@@ -121,6 +182,7 @@ class SoftRouter(keras.layers.Layer):
     def routing_spec(self, leading: tuple[int | None, ...]) -> SoftRouting:
         """The `SoftRouting` of symbolic tensors whose batch and token axes are `leading`."""
         batch, count = leading
+        self.check_count(count)
         slots = (self.num_experts, self.slots_per_expert)
         prefixes = (count,) if self.causal else ()
 
@@ -139,11 +201,19 @@ class SoftRouter(keras.layers.Layer):
             **config,
             "num_experts": self.num_experts,
             "slots_per_expert": self.slots_per_expert,
+            "mixing": self.mixing,
             "causal": self.causal,
             "phi_initializer": keras.initializers.serialize(self.phi_initializer),
             "scale_initializer": keras.initializers.serialize(self.scale_initializer),
             "phi_regularizer": keras.regularizers.serialize(self.phi_regularizer),
         }
+
+
+def _hide(weights: Tensor, visible: Tensor | None) -> Tensor:
+    """Zeros the weights of tokens that are not visible."""
+    if visible is None:
+        return weights
+    return ops.where(ops.expand_dims(visible, -1), weights, ops.zeros_like(weights))
 
 
 def _l2_normalize(values: Tensor, axis: int) -> Tensor:

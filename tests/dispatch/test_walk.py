@@ -36,10 +36,8 @@ def silu_slope(x):
 
 
 def walk(rows, ends, stages, total):
-    """The backend's walk; where it gathers and combines too, between identities."""
+    """The backend's walk, gathering and combining between identities."""
     module = backend.current()
-    if hasattr(module, "walk"):
-        return module.walk(rows, ends, stages, total)
     everything = np.arange(rows.shape[0], dtype="int32")
     assignment = np.where(everything < total, everything, total)
     slots = Slots(*map(ops.convert_to_tensor, (assignment, everything[:total])))
@@ -194,7 +192,6 @@ def test_what_is_not_finite_stays_with_its_expert():
     assert np.isfinite(np.delete(by_row, 6, axis=0)).all()
 
 
-@pytest.mark.skipif(NAME == "tensorflow", reason="its walk does not combine")
 def test_nobodys_slots_give_no_slope():
     """The token that fills them may have any gradient; an assignment without expert has none."""
     carry, padding = backend.current().carry, backend.current().row_padding(3, 1)

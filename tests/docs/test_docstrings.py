@@ -9,14 +9,14 @@ import keras
 import pytest
 
 import keras_moe
-from keras_moe import callbacks, dispatch, layers, models, routers, tuning
+from keras_moe import callbacks, dispatch, layers, models, plots, routers, tuning
 from keras_moe.models import features
 from tests.docs import docstrings
 from tests.docs.docstrings import UNSTATED
 
 PUBLIC = [
     getattr(module, name)
-    for module in (layers, routers, callbacks, dispatch, models, tuning)
+    for module in (layers, routers, callbacks, dispatch, models, plots, tuning)
     for name in module.__all__
 ]
 PUBLIC += [features.Categorical, features.History, features.MultiHot, features.Numeric]

@@ -74,6 +74,20 @@ BAD = [
         lambda: moe(routing_level="example", capacity_group="example", capacity_factor=1.0),
         "`capacity_group` must be 'batch' where `routing_level` is 'example'",
     ),
+    (
+        lambda: soft(mixing="hard"),
+        r"`mixing` must be one of \['identity', 'soft', 'soft_uniform', .*mixing='hard'",
+    ),
+    (lambda: soft(mixing="identity", causal=True), "`causal` must be False where `mixing` is 'id"),
+    (
+        lambda: soft(mixing="identity")(np.zeros((2, 5, 8), "float32")),
+        "as many tokens as there are slots, .* = 4. Received: tokens=5",
+    ),
+    (
+        lambda: soft(mixing="identity", slots_per_expert=2)(keras.Input((7, 8))),
+        "as many tokens as there are slots, .* = 8. Received: tokens=7",
+    ),
+    (lambda: soft(mixing="identity")(np.zeros((2, 8), "float32")), "Received: tokens=1"),
     (lambda: layers.SwitchFFN(4, 8, top_k=1), "`SwitchFFN` sets `top_k` itself"),
     (lambda: layers.SwitchFFN(4, 8, router="dense"), "`SwitchFFN` sets `router` itself"),
     (lambda: moe(experts=layers.ExpertMLP(3, [8, 6])), "num_experts=4. Received: experts.num_exp"),

@@ -9,12 +9,13 @@ from keras_moe import layers
 ops = keras.ops
 
 
+@pytest.mark.parametrize("mixing", ["soft", "soft_uniform", "uniform_soft", "uniform"])
 @pytest.mark.parametrize("has_padding", [False, True])
-def test_equals_the_plain_layer_on_every_prefix(has_padding):
+def test_equals_the_plain_layer_on_every_prefix(has_padding, mixing):
     x = np.random.default_rng(0).normal(size=(2, 5, 6)).astype("float32")
     mask = np.array([[1, 0, 1, 1, 0], [0, 1, 1, 1, 1]], "bool") if has_padding else None
-    causal = layers.SoftMoE(3, 8, slots_per_expert=2, causal=True)
-    plain = layers.SoftMoE(3, 8, slots_per_expert=2)
+    causal = layers.SoftMoE(3, 8, slots_per_expert=2, causal=True, mixing=mixing)
+    plain = layers.SoftMoE(3, 8, slots_per_expert=2, mixing=mixing)
     for layer in (causal, plain):
         layer.build(x.shape)
     plain.set_weights(causal.get_weights())

@@ -216,6 +216,30 @@ CASES = {
         is_rowwise=False,
         mixes_tokens=True,
     ),
+    "soft_moe_soft_uniform": Case(
+        layers.SoftMoE,
+        {"num_experts": 4, "hidden_dim": 8, "mixing": "soft_uniform"},
+        6,
+        2,
+        is_rowwise=False,
+        mixes_tokens=True,
+    ),
+    "soft_moe_uniform_soft": Case(
+        layers.SoftMoE,
+        {"num_experts": 4, "hidden_dim": 8, "mixing": "uniform_soft"},
+        6,
+        2,
+        is_rowwise=False,
+        mixes_tokens=True,
+    ),
+    "soft_moe_uniform": Case(
+        layers.SoftMoE,
+        {"num_experts": 4, "hidden_dim": 8, "mixing": "uniform", "causal": True},
+        4,
+        2,
+        is_rowwise=False,
+        mixes_tokens=True,
+    ),
     "mmoe_list": Case(
         layers.MMoE, {"num_experts": 4, "expert_units": [8, 5], "tasks": 3}, 5, 3, output_dim=5
     ),

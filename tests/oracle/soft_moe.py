@@ -3,6 +3,8 @@
 n(v) = v / sqrt(sum(v^2) + 1e-6); logits[t,s] = scale n(x[t]) . n(phi[:,s]), slots s = (e, p);
 D = softmax of logits over real tokens, W = softmax over slots;
 slot[s] = sum_t D[t,s] x[t]; y[t] = sum_s W[t,s] expert_e(slot[s]); padding gets 0.
+
+Ablations (table 2): D[t,s] = 1 / real tokens; W[t,s] = 1 / slots; D[t,s] = W[t,s] = (t is s).
 """
 
 import numpy as np
@@ -22,8 +24,10 @@ def _unit_backward(v, du):
     return r * du - r**3 * np.sum(v * du) * v
 
 
-def run(inputs, weights, cotangent, mask=None, *, activation="gelu"):
-    """Inputs `(batch, tokens, d)`.
+def run(
+    inputs, weights, cotangent, mask=None, *, activation="gelu", mixing="soft", per_expert=None
+):
+    """Inputs `(batch, tokens, d)`; `per_expert` slots where there is no phi.
 
     Returns:
         The outputs, the record (dispatch, combine, logits), `(batch, tokens, E, P)` each, and the
@@ -31,10 +35,18 @@ def run(inputs, weights, cotangent, mask=None, *, activation="gelu"):
     """
     inputs = np.asarray(inputs, np.float64)
     batch, tokens, width = inputs.shape
-    phi = np.asarray(weights["router/phi"], np.float64)
-    scale = float(np.asarray(weights["router/scale"], np.float64))
+    soft_dispatch = mixing in ("soft", "soft_uniform")
+    soft_combine = mixing in ("soft", "uniform_soft")
+    is_scored = soft_dispatch or soft_combine
     bank = expert_mlp.bank_of(weights, "experts")
-    _, num_experts, per_expert = phi.shape
+    if is_scored:
+        phi = np.asarray(weights["router/phi"], np.float64)
+        scale = float(np.asarray(weights["router/scale"], np.float64))
+        _, num_experts, per_expert = phi.shape
+    else:
+        assert not [name for name in weights if name.startswith("router")]
+        num_experts = len(weights["experts/kernel_0"])
+        phi, scale = np.zeros((width, num_experts, per_expert)), 0.0
     slots = [(e, p) for e in range(num_experts) for p in range(per_expert)]
 
     dbank, dphi, dscale = expert_mlp.zeros_of(bank), np.zeros_like(phi), 0.0
@@ -49,10 +61,18 @@ def run(inputs, weights, cotangent, mask=None, *, activation="gelu"):
             for s, (e, p) in enumerate(slots):
                 logits[t, s] = scale * (_unit(x[t]) @ _unit(phi[:, e, p]))
         dispatch = np.zeros_like(logits)
-        combine = np.array([softmax(row) for row in logits])
-        if len(real):
+        if soft_combine:
+            combine = np.array([softmax(row) for row in logits])
+        else:
+            combine = np.full_like(logits, 1.0 / len(slots))
+        if soft_dispatch and len(real):
             for s in range(len(slots)):
                 dispatch[real, s] = softmax(logits[real, s])
+        elif len(real):
+            dispatch[real] = 1.0 / len(real)
+        if mixing == "identity":
+            combine = np.eye(len(slots))
+            dispatch = combine * is_token[:, None]
 
         slot_outputs, tapes = [], []
         for s, (e, _) in enumerate(slots):
@@ -81,9 +101,10 @@ def run(inputs, weights, cotangent, mask=None, *, activation="gelu"):
                 dx[b, t] += dispatch[t, s] * dmixed
         dlogits = np.zeros_like(logits)
         for t in real:
-            dlogits[t] += softmax_backward(combine[t], dcombine[t])
+            if soft_combine:
+                dlogits[t] += softmax_backward(combine[t], dcombine[t])
         for s in range(len(slots)):
-            if len(real):
+            if len(real) and soft_dispatch:
                 dlogits[real, s] += softmax_backward(dispatch[real, s], ddispatch[real, s])
         for t in real:
             for s, (e, p) in enumerate(slots):
@@ -93,8 +114,7 @@ def run(inputs, weights, cotangent, mask=None, *, activation="gelu"):
                 dphi[:, e, p] += _unit_backward(phi[:, e, p], scale * dlogits[t, s] * u)
     gradients = {
         "inputs": dx,
-        "router/phi": dphi,
-        "router/scale": np.array(dscale),
+        **({"router/phi": dphi, "router/scale": np.array(dscale)} if is_scored else {}),
         **expert_mlp.with_prefix("experts", dbank),
     }
     dispatch, combine, logits = (np.array([row[i] for row in record]) for i in range(3))

@@ -126,24 +126,27 @@ def test_moe(case):
     assert_gradients(result.gradients, scalar, {"inputs": inputs, **weights})
 
 
+@pytest.mark.parametrize("mixing", ["soft", "soft_uniform", "uniform_soft", "uniform", "identity"])
 @pytest.mark.parametrize("per_expert", [1, 2])
 @pytest.mark.parametrize("masked", [False, True])
-def test_soft_moe(per_expert, masked):
+def test_soft_moe(mixing, per_expert, masked):
     rng = np.random.default_rng(3)
-    inputs = normal(rng, 3, 3, 3)
-    mask = np.array([[1, 1, 0], [0, 0, 0], [0, 1, 1]], bool) if masked else None
-    weights = {
-        "router/phi": normal(rng, 3, 2, per_expert),
-        "router/scale": np.array(1.7),
-        **mlp_weights(rng, "experts/", 2, (3, 4, 2)),
-    }
-    cotangent = normal(rng, 3, 3, 2)
+    count = 2 * per_expert if mixing == "identity" else 3
+    inputs = normal(rng, 3, count, 3)
+    mask = np.array([[1, 1, 0, 0], [0, 0, 0, 0], [0, 1, 1, 1]], bool)[:, :count]
+    mask = mask if masked else None
+    weights = mlp_weights(rng, "experts/", 2, (3, 4, 2))
+    if mixing not in ("uniform", "identity"):
+        weights |= {"router/phi": normal(rng, 3, 2, per_expert), "router/scale": np.array(1.7)}
+    cotangent = normal(rng, 3, count, 2)
+    settings = {"mixing": mixing, "per_expert": per_expert}
 
     def scalar(arrays):
         own = {k: v for k, v in arrays.items() if k != "inputs"}
-        return np.sum(cotangent * soft_moe.run(arrays["inputs"], own, cotangent, mask)[0])
+        outputs, _, _ = soft_moe.run(arrays["inputs"], own, cotangent, mask, **settings)
+        return np.sum(cotangent * outputs)
 
-    _, _, gradients = soft_moe.run(inputs, weights, cotangent, mask)
+    _, _, gradients = soft_moe.run(inputs, weights, cotangent, mask, **settings)
     assert_gradients(gradients, scalar, {"inputs": inputs, **weights})
 
 

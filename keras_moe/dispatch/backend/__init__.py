@@ -2,8 +2,8 @@
 
 A backend's module has:
 
-- `walk(rows, ends, stages, total)`: each expert's layers on its own rows, with a gradient of its
-  own; or `carry(tokens, weights, slots, ends, stages)`, which gathers and combines too;
+- `carry(tokens, weights, slots, ends, stages)`: what each token's experts give, summed, with a
+  gradient of its own;
 - `row_padding(total, num_experts)`: rows that it needs behind the last one;
 - `is_on_cpu(tensor)`;
 - `with_gradient` and `inverse_permutation`, where Keras's own will not do;

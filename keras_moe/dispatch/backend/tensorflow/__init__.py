@@ -1,0 +1,121 @@
+"""Dropless dispatch on TensorFlow: a walk over the experts, with a gradient of its own.
+
+There are two of it. Where shapes may be dynamic, each expert multiplies exactly its own rows
+(`ranges`). XLA wants static shapes, so there the walk is one over blocks of static sizes
+(`blocks`).
+
+What is kept for the backward pass: the tokens, and what each activation was applied to, one row per
+assignment. Rows are gathered from the tokens when it is their turn and never stand in memory as a
+whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from keras_moe.dispatch.backend.tensorflow import blocks, ranges
+from keras_moe.dispatch.backend.tensorflow.stages import Experts, Rows, Static, wide
+from keras_moe.dispatch.permute import rows_by_choice, slots_by_choice
+from keras_moe.dispatch.plan import Slots
+from keras_moe.dispatch.stages import Stage
+from keras_moe.types import Tensor
+
+
+def row_padding(total: int | Tensor, num_experts: int) -> int:
+    """Rows that must follow the last one, so that no block reaches past the array."""
+    return blocks.block_sizes(total, num_experts)[0] if _is_under_xla() else 0
+
+
+@tf.autograph.experimental.do_not_convert
+def carry(
+    tokens: Tensor, weights: Tensor, slots: Slots, ends: Tensor, stages: Sequence[Stage]
+) -> Tensor:
+    """Applies each token's experts and sums what they give, weighted.
+
+    Args:
+        tokens: `(N, d)`.
+        weights: `(N, k)`, the weight of each assignment.
+        slots: assignments sorted by expert, `row_padding` empty slots behind the last one.
+        ends: int32 `(E,)`, where each expert's slots end; the first one's begin at 0.
+        stages: the layers of the experts.
+
+    Returns:
+        `(N, out)`, summed in float32 at least.
+    """
+    if tokens.shape[0] == 0:  # there is no row that an empty slot could hold
+        return tf.zeros((0, stages[-1].kernels[0].shape[-1]), tokens.dtype)
+    top_k, total = weights.shape[-1], slots.slot_of.shape[0]
+    is_under_xla = _is_under_xla()
+    sizes = blocks.block_sizes(total, ends.shape[0]) if is_under_xla else ()
+    static = Static(tuple(stage.activation for stage in stages), sizes)
+    experts = Experts(
+        tuple(stage.kernels for stage in stages),
+        tuple(stage.biases for stage in stages),
+        tuple(() if stage.scale is None else (stage.scale,) for stage in stages),
+    )
+    # The gradient must be of the same kind, wherever it is traced.
+    walk = blocks if is_under_xla else ranges
+    count = tf.shape(weights)[0]
+    assignment = tf.minimum(slots.assignment, count * top_k - 1)  # of an empty slot, some
+    token_of = assignment % tf.maximum(count, 1)
+    source, is_kept = slots_by_choice(slots, top_k)
+
+    @tf.custom_gradient
+    def apply(tokens: Tensor, weights: Tensor, *flat: Tensor) -> Any:
+        packed = tf.nest.pack_sequence_as(experts, flat)
+        outputs, sums = walk.forward(static, Rows(tokens, token_of), ends, packed)
+        of_choice = tf.unstack(tf.cast(weights, wide(tokens.dtype)), axis=-1)
+        chosen = rows_by_choice(outputs, source, is_kept)
+        result = sum(each * weight[:, None] for each, weight in zip(chosen, of_choice, strict=True))
+
+        def gradient(cotangent: Tensor) -> list[Tensor]:
+            weight_of = tf.gather(tf.reshape(tf.transpose(weights), [-1]), assignment)
+            by_slot, slope, by_experts = walk.backward(
+                static,
+                Rows(tokens, token_of),
+                ends,
+                packed,
+                sums,
+                Rows(cotangent, token_of),
+                weight_of[:, None],
+            )
+            by_tokens = sum(rows_by_choice(by_slot, source, is_kept))
+            by_weights = tf.stack(
+                [each[:, 0] for each in rows_by_choice(slope, source, is_kept)], axis=-1
+            )
+            return [
+                tf.cast(by_tokens, tokens.dtype),
+                tf.cast(by_weights, weights.dtype),
+                *tf.nest.flatten(by_experts),
+            ]
+
+        return tf.cast(result, tokens.dtype), gradient
+
+    return apply(
+        tokens, weights, *[tf.convert_to_tensor(each) for each in tf.nest.flatten(experts)]
+    )
+
+
+def is_on_cpu(tensor: Tensor) -> bool:
+    """Whether what is computed from a tensor, traced or not, is computed on a CPU."""
+    del tensor
+    return not any(tf.config.list_physical_devices(kind) for kind in ("GPU", "TPU"))
+
+
+def _is_under_xla() -> bool:
+    """Whether a graph is traced that XLA will compile.
+
+    There is no public way to ask; this is what TensorFlow's own layers used.
+    """
+    if tf.executing_eagerly():
+        return False
+    graph = tf.compat.v1.get_default_graph()
+    while graph is not None:
+        with graph.as_default():
+            if tf.__internal__.get_enclosing_xla_context() is not None:
+                return True
+        graph = getattr(graph, "outer_graph", None)
+    return False

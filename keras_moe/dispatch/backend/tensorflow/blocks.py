@@ -1,0 +1,216 @@
+"""The walk under XLA, over blocks of static sizes.
+
+A block may reach past the end of its expert's rows. What it writes there is overwritten by the next
+expert, whose blocks begin where this one's rows end. Behind the last row there must be rows to
+spare, as many as the largest block has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import tensorflow as tf
+from keras import ops
+from tensorflow.compiler.tf2xla.python import xla
+
+from keras_moe.dispatch.backend.tensorflow.stages import (
+    Experts,
+    Rows,
+    Static,
+    apply,
+    apply_backward,
+    linear,
+    linear_backward,
+    over_indices,
+    starts_of,
+    wide,
+)
+from keras_moe.types import Tensor
+
+
+def block_sizes(total: int | Tensor | None, num_experts: int) -> tuple[int, ...]:
+    """Rows per block: large ones use the processor well, small ones waste less on an expert's rest.
+
+    Args:
+        total: Rows of all experts together.
+        num_experts: The experts E.
+    """
+    if not isinstance(total, int):  # Keras traces `fit` for any batch size
+        return (128, 32)
+    mean = total // num_experts
+    if mean >= 256:
+        return (512, 128, 32)
+    if mean >= 32:
+        return (128, 32)
+    return (32, 8) if mean >= 8 else (8,)
+
+
+def forward(static: Static, rows: Rows, ends: Tensor, experts: Experts) -> tuple[Tensor, Any]:
+    """Returns the slots' outputs, and what `backward` needs to remember.
+
+    Layer by layer, since XLA runs what is elementwise on all processors outside of loops only.
+    Besides, what only a backward pass needs is never dropped from a loop within a loop.
+    """
+    outputs, sums = apply(static, experts, rows, partial(_linear, static.block_sizes, ends))
+    # A tape around a compiled function would look for the loops' own gradients, and there are none.
+    return outputs, tf.nest.map_structure(tf.stop_gradient, sums)
+
+
+def backward(
+    static: Static,
+    rows: Rows,
+    ends: Tensor,
+    experts: Experts,
+    sums: Any,
+    upstream: Rows,
+    weight_of: Tensor,
+) -> tuple[Tensor, Tensor, Experts]:
+    """The gradients of the slots' rows, of their weights, and of the experts."""
+    backward_of_layer = partial(_linear_backward, static.block_sizes, ends)
+    return apply_backward(static, experts, rows, sums, upstream, weight_of, backward_of_layer)
+
+
+def _linear(
+    sizes: tuple[int, ...], ends: Tensor, rows: Tensor | Rows, kernels: Any, biases: Any
+) -> Any:
+    def block(size: int, expert: Any, at: Tensor, end: Tensor, sums: Any) -> Any:
+        del end
+        return tf.nest.map_structure(
+            partial(_write, at), sums, linear(_read(at, size, rows), *expert)
+        )
+
+    def over_blocks(expert: Any, index: Tensor, start: Tensor, end: Tensor, sums: Any) -> Any:
+        del index
+        return _over_blocks(block, sizes, expert, start, end, sums)
+
+    sums = tuple(_zeros(each.shape[-1], ends, rows) for each in kernels)
+    return _over_experts(over_blocks, ends, (kernels, biases), sums)
+
+
+def _linear_backward(
+    sizes: tuple[int, ...],
+    ends: Tensor,
+    rows: Tensor | Rows,
+    by_sums: Any,
+    kernels: Any,
+    biases: Any,
+    weight: Tensor | None,
+) -> tuple[Any, Any, Any, Any]:
+    weights = (kernels, biases)
+
+    def block(size: int, expert: Any, at: Tensor, end: Tensor, carry: Any) -> Any:
+        is_own = (at + tf.range(size) < end)[:, None]
+
+        def own(all_: Tensor | Rows) -> Tensor:  # 0 times a NaN of the next expert's would be NaN
+            return tf.where(is_own, _read(at, size, all_), tf.zeros([], all_.dtype))
+
+        by_rows, slopes, by_weights = carry
+        own_kernels, own_biases = expert
+        by_row, *new, slope = linear_backward(
+            own(rows),
+            [own(each) for each in by_sums],
+            own_kernels,
+            own_biases,
+            None if weight is None else own(weight),
+        )
+        if slope is not None:
+            slopes = _write(at, slopes, slope)
+        by_weights = tf.nest.map_structure(tf.add, by_weights, tuple(new))
+        return _write(at, by_rows, by_row), slopes, by_weights
+
+    def over_blocks(expert: Any, index: Tensor, start: Tensor, end: Tensor, carry: Any) -> Any:
+        *by_slot, by_weights = carry
+        zeros = tf.nest.map_structure(
+            lambda all_: tf.zeros(all_.shape[1:], wide(all_.dtype)), weights
+        )
+        *by_slot, new = _over_blocks(block, sizes, expert, start, end, (*by_slot, zeros))
+        return *by_slot, tf.nest.map_structure(
+            lambda all_, new: _write(index, all_, tf.cast(new, all_.dtype)[None]), by_weights, new
+        )
+
+    slopes = () if weight is None else tf.zeros_like(weight, wide(rows.dtype))
+    carry = (
+        _zeros(rows.shape[-1], ends, by_sums[0]),
+        slopes,
+        tf.nest.map_structure(tf.zeros_like, weights),
+    )
+    by_rows, slopes, by_weights = _over_experts(over_blocks, ends, weights, carry)
+    return by_rows, *by_weights, None if weight is None else slopes
+
+
+def _over_experts(step: Callable[..., Any], ends: Tensor, weights: Any, carry: Any) -> Any:
+    """Folds over the experts that have rows; the weights of each are copied once, not per block."""
+    starts = starts_of(ends)
+    has_rows = ends > starts
+    # Those with rows first, in order.
+    busy = tf.argsort(tf.cast(tf.logical_not(has_rows), tf.int32), stable=True)
+
+    def body(place: Tensor, carry: Any) -> Any:
+        index = _slice(busy, place, 1)[0]
+        start, end, *expert = tf.nest.map_structure(
+            lambda all_: tf.squeeze(_slice(all_, index, 1), axis=0), (starts, ends, *weights)
+        )
+        return step(expert, index, start, end, carry)
+
+    return over_indices(tf.reduce_sum(tf.cast(has_rows, tf.int32)), body, carry)
+
+
+def _over_blocks(
+    block: Callable[..., Any],
+    sizes: tuple[int, ...],
+    expert: Any,
+    start: Tensor,
+    end: Tensor,
+    carry: Any,
+) -> Any:
+    """Folds over one expert's rows: large blocks while there is enough for them, then smaller."""
+    state = (start, carry)
+    for size in sizes:
+        # A larger block is worth it if smaller ones would compute as many rows.
+        least = 1 if size == sizes[-1] else size - sizes[-1] + 1
+
+        def has_enough(at: Tensor, carry: Any, least: int = least) -> Tensor:
+            del carry
+            return end - at >= least
+
+        def take(at: Tensor, carry: Any, size: int = size) -> Any:
+            return at + size, block(size, expert, at, end, carry)
+
+        state = tf.while_loop(has_enough, take, state)
+    return state[1]
+
+
+def _read(at: Tensor, size: int, rows: Tensor | Rows) -> Tensor:
+    if isinstance(rows, Rows):
+        return tf.gather(rows.tokens, _slice(rows.token_of, at, size))
+    return _slice(rows, at, size)
+
+
+def _slice(all_: Tensor, at: Tensor, size: int) -> Tensor:
+    """Some entries of the first axis.
+
+    Not `all_[at]` nor `tf.slice`: TensorFlow compiles those anew for every value of what `at` is
+    computed from, which is the whole batch.
+    """
+    rest = all_.shape[1:]
+    return xla.dynamic_slice(all_, tf.stack([at, *[0] * len(rest)]), [size, *rest])
+
+
+def _write(at: Tensor, all_: Tensor, block: Tensor) -> Tensor:
+    """Writes along the first axis, in place if XLA can."""
+    indices = [at, *[0] * (len(all_.shape) - 1)]
+    return ops.slice_update(all_, indices, block)
+
+
+def _zeros(width: int, ends: Tensor, inputs: Tensor | Rows) -> Tensor:
+    """Room for what is made of `inputs`, one row per slot.
+
+    Plain zeros of equal shapes are one array for XLA, kept from the first loop that starts with it
+    to the last, and copied for each. These are zeros too, but it cannot know.
+    """
+    values = inputs.tokens if isinstance(inputs, Rows) else inputs
+    slots = inputs.token_of if isinstance(inputs, Rows) else inputs
+    zero = tf.where(ends[0] < 0, values[0, 0], tf.zeros([], values.dtype))
+    return tf.fill([tf.shape(slots)[0], width], zero)

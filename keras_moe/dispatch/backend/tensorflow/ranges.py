@@ -1,0 +1,119 @@
+"""The walk where shapes may be dynamic: each expert multiplies exactly its own rows."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import tensorflow as tf
+
+from keras_moe.dispatch.backend.tensorflow.stages import (
+    Experts,
+    Rows,
+    Static,
+    apply,
+    apply_backward,
+    linear,
+    linear_backward,
+    num_remembered,
+    over_indices,
+    starts_of,
+    wide,
+)
+from keras_moe.types import Tensor
+
+
+def forward(static: Static, rows: Rows, ends: Tensor, experts: Experts) -> tuple[Tensor, Any]:
+    """Returns the slots' outputs, and what `backward` needs to remember."""
+    starts, num_experts = starts_of(ends), experts.kernels[0][0].shape[0]
+
+    def body(index: Tensor, carry: Any) -> Any:
+        own = slice(starts[index], ends[index])
+        hidden, sums = apply(static, _expert(experts, index, own), rows[own], linear)
+        return tf.nest.map_structure(partial(_put, index), carry, (hidden, sums))
+
+    def pieces(kernel: Tensor) -> tf.TensorArray:
+        return _pieces(rows.dtype, num_experts, kernel.shape[-1])
+
+    remembered = experts.kernels[: num_remembered(static, experts)]
+    carry = (pieces(experts.kernels[-1][0]), tf.nest.map_structure(pieces, list(remembered)))
+    outputs, sums = over_indices(num_experts, body, carry)
+    # Joined, since a SavedModel cannot keep a gradient that captures a `TensorArray`.
+    sums = tf.nest.map_structure(lambda each: _joined(each, rows, ends), sums)
+    return _joined(outputs, rows, ends), sums
+
+
+def backward(
+    static: Static,
+    rows: Rows,
+    ends: Tensor,
+    experts: Experts,
+    sums: Any,
+    upstream: Rows,
+    weight_of: Tensor,
+) -> tuple[Tensor, Tensor, Experts]:
+    """The gradients of the slots' rows, of their weights, and of the experts."""
+    starts, num_experts = starts_of(ends), experts.kernels[0][0].shape[0]
+
+    def body(index: Tensor, carry: Any) -> Any:
+        own = slice(starts[index], ends[index])
+        before = tf.nest.map_structure(lambda all_: all_[own], sums)
+        by_row, slope, by_expert = apply_backward(
+            static,
+            _expert(experts, index, own),
+            rows[own],
+            before,
+            upstream[own],
+            weight_of[own],
+            linear_backward,
+        )
+        weights = tf.nest.map_structure(
+            lambda all_, new: tf.cast(new, all_.dtype), experts[:2], by_expert[:2]
+        )
+        new = (by_row, slope, weights, by_expert.scales)
+        return tf.nest.map_structure(partial(_put, index), carry, new)
+
+    carry = (
+        _pieces(rows.dtype, num_experts, rows.shape[-1]),
+        _pieces(wide(rows.dtype), num_experts, 1),
+        tf.nest.map_structure(
+            lambda all_: tf.TensorArray(all_.dtype, num_experts, element_shape=all_.shape[1:]),
+            experts[:2],
+        ),
+        tf.nest.map_structure(
+            lambda all_: _pieces(all_.dtype, num_experts, all_.shape[-1]), experts.scales
+        ),
+    )
+    by_row, slope, weights, scales = over_indices(num_experts, body, carry)
+    kernels, biases = tf.nest.map_structure(lambda each: each.stack(), weights)
+    by_row, slope, scales = tf.nest.map_structure(
+        lambda each: _joined(each, rows, ends), (by_row, slope, scales)
+    )
+    return by_row, slope, Experts(kernels, biases, scales)
+
+
+def _expert(experts: Experts, index: Tensor, own: slice) -> Experts:
+    kernels, biases = tf.nest.map_structure(lambda all_: all_[index], experts[:2])
+    return Experts(kernels, biases, tf.nest.map_structure(lambda scale: scale[own], experts.scales))
+
+
+def _pieces(dtype: Any, num_experts: int, width: int) -> tf.TensorArray:
+    """Room for rows of each expert, and for those of none."""
+    return tf.TensorArray(
+        dtype,
+        num_experts + 1,
+        clear_after_read=False,  # a persistent tape runs the backward pass more than once
+        infer_shape=False,
+        element_shape=[None, width],
+    )
+
+
+def _put(index: Tensor, pieces: tf.TensorArray, new: Tensor) -> tf.TensorArray:
+    return pieces.write(index, new)
+
+
+def _joined(pieces: tf.TensorArray, rows: Rows, ends: Tensor) -> Tensor:
+    """The experts' pieces, and zeros for the rows of none."""
+    shape = [tf.shape(rows.token_of)[0] - ends[-1], pieces.element_shape[-1]]
+    joined = pieces.write(pieces.size() - 1, tf.zeros(shape, pieces.dtype)).concat()
+    return tf.ensure_shape(joined, [rows.shape[0], pieces.element_shape[-1]])
