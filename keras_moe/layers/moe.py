@@ -272,7 +272,7 @@ class MoE(ExpertFeedForward):
                 self.add_loss(weight * decision.losses[name])
 
         outputs, kept = self._carry(tokens, routing, token_axes, training)
-        if training:
+        if training or self._counts_always:
             asked = kept if self.router.chooses_tokens else routing.kept
             self._count(decision, asked, kept)
         routing = routing._replace(kept=kept)

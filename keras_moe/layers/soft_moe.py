@@ -193,7 +193,7 @@ class SoftMoE(ExpertFeedForward):
         combine = ops.reshape(combine, (batch, sets, readers, num_slots))
         outputs = ops.reshape(ops.matmul(combine, outputs), (batch, count, outputs.shape[-1]))
         outputs = ops.cast(zero_where_padded(outputs, token_mask), self.compute_dtype)
-        if training:
+        if training or self._counts_always:
             self._count(routing, token_mask)
         if self._recorder is not None:
             self._recorder(routing)
