@@ -45,7 +45,7 @@ docs: $(VENV)/.dev
 
 # What runs on every backend, once per backend, each in a process of its own.
 CORE_TESTS := tests/callbacks tests/dispatch tests/layers tests/models tests/oracle tests/parity \
-	tests/plots tests/routers tests/tuning tests/examples/test_image_classification.py tests/examples/test_tune_moe.py
+	tests/plots tests/reporting tests/routers tests/tuning tests/examples/test_image_classification.py tests/examples/test_tune_moe.py
 
 test-jax test-tensorflow test-torch: test-%: $(VENV)/.dev
 	KERAS_BACKEND=$* $(PYTEST) $(CORE_TESTS)

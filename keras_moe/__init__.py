@@ -20,12 +20,15 @@ __all__ = [
     "models",
     "plots",
     "record_routing",
+    "report",
     "routers",
     "tuning",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "report":
+        return import_module("keras_moe.reporting").report
     if name in ("plots", "tuning"):  # what only a picture or a search needs
         return import_module(f"keras_moe.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -55,6 +55,38 @@ def record_routing(model: Any) -> Iterator[dict[str, list[Any]]]:
             layer._recorder = None
 
 
+@contextmanager
+def count_routing(model: Any) -> Iterator[dict[str, dict[str, Any]]]:
+    """Lets every mixture layer count in inference too, in the calls inside the context.
+
+    Args:
+        model: A built model, or one of our layers.
+
+    Returns:
+        A context that gives a dict, filled at its end: by layer name, what `running_counts` would
+        say of these calls alone. The layers' own counts are left as they were.
+    """
+    named = unique_names(mixture_layers(model))
+    found: dict[str, dict[str, Any]] = {}
+    before = {name: _counters(layer) for name, layer in named}
+    try:
+        for _, layer in named:
+            layer.reset_running_counts()
+            layer._counts_always = True
+        yield found
+        found |= {name: layer.running_counts() for name, layer in named}
+    finally:
+        for name, layer in named:
+            layer._counts_always = False
+            for variable, value in before[name]:
+                variable.assign(value)
+
+
+def _counters(layer: Any) -> list[tuple[Any, Any]]:
+    """The weights that a layer counts in, and copies of their values."""
+    return [(each, ops.convert_to_numpy(each).copy()) for each in layer._non_trainable_variables]
+
+
 def _appender(records: list[Any]) -> Callable[[Any], None]:
     def append(record: Any) -> None:
         try:

@@ -30,11 +30,17 @@ class Alarm(NamedTuple):
     message: str
 
 
+def can_be_judged(amounts: Any) -> bool:
+    """Whether there are several experts, and so much was counted that chance alone is ruled out."""
+    num_experts = amounts.shape[-1]
+    return bool(num_experts > 1 and amounts.sum(axis=-1).min() >= _ENOUGH * num_experts)
+
+
 def alarms(layer: Any, counts: Counts) -> Iterator[Alarm]:
     """What is wrong with a layer, from what it counted in some time, such as an epoch."""
     measure, amounts = amounts_of(counts)
     num_experts = amounts.shape[-1]
-    if num_experts == 1 or amounts.sum(axis=-1).min() < _ENOUGH * num_experts:
+    if not can_be_judged(amounts):
         return
     has_capacity = getattr(layer, "capacity_factor", None) is not None
     values = health(counts, has_capacity)

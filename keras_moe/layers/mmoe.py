@@ -221,7 +221,7 @@ class MMoE(RematerializesExperts):
         expert_outputs = self._recomputed(run)(shared)  # (e, n, out)
         gate_inputs = tokens if self.gate_hidden is None else self.gate_hidden(shared)
         routing = self.gates(gate_inputs, training=training)
-        if training:
+        if training or self._counts_always:
             self._count(routing, token_mask)
         # The sum over experts is taken in float32 at least, (n, t, e) @ (n, e, out).
         wide = keras.backend.result_type(self.compute_dtype, "float32")

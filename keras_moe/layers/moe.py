@@ -297,7 +297,7 @@ class MoE(ExpertFeedForward):
                 self.add_loss(weight * decision.losses[name])
 
         outputs, kept = self._carry(tokens, routing, token_axes, training)
-        if training:
+        if training or self._counts_always:
             is_token = self.routing_level == "token"
             asked = decision.kept if is_token else routing.kept
             self._counts.add(decision, kept if self.router.chooses_tokens else asked, kept)

@@ -17,6 +17,7 @@ class RematerializesExperts(keras.layers.Layer):
 
     _recomputes_experts = False
     _recorder: Callable[[Any], None] | None = None  # see `keras_moe.record_routing`
+    _counts_always = False  # in inference too
     dropout: float = 0.0
 
     def rematerialized_call(

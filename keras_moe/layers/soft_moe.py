@@ -204,7 +204,7 @@ class SoftMoE(ExpertFeedForward):
         combine = ops.reshape(combine, (batch, sets, readers, num_slots))
         outputs = ops.reshape(ops.matmul(combine, outputs), (batch, count, outputs.shape[-1]))
         outputs = ops.cast(zero_where_padded(outputs, token_mask), self.compute_dtype)
-        if training:
+        if training or self._counts_always:
             self._counts.add(routing, token_mask, self.router.visible(count, token_mask))
         if self._recorder is not None:
             self._recorder(routing)

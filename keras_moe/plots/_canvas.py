@@ -53,7 +53,7 @@ def heat_map(
 def _label(axis: Any, names: list[str]) -> None:
     step = -(-len(names) // _MOST_LABELS)
     places = list(range(0, len(names), step))
-    axis.set_ticks(places, [names[place] for place in places])
+    axis.set_ticks(places, [names[place] for place in places], parse_math=False)
 
 
 def numbered(count: int) -> list[str]:

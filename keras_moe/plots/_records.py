@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import keras
 import numpy as np
 
 from keras_moe import _checks
@@ -11,6 +12,8 @@ from keras_moe.recording import record_routing
 # What is read of a layer that sends tokens to experts, and of one that mixes them into slots.
 SPARSE = ("experts", "weights", "kept")
 SOFT = ("combine",)
+# And of the gates of tasks, whose weights are for every expert.
+GATES = ("weights",)
 
 
 def records_of(model: Any, x: Any, batch_size: int, *kinds: tuple[str, ...]) -> dict[str, Any]:
@@ -18,7 +21,7 @@ def records_of(model: Any, x: Any, batch_size: int, *kinds: tuple[str, ...]) -> 
 
     Args:
         model: A built model.
-        x: Its inputs, an array or a dict of arrays.
+        x: Its inputs, an array or a structure of arrays.
         batch_size: Examples per call of the model.
         *kinds: The fields to keep of a record: of the first kind whose fields it has all.
 
@@ -26,13 +29,8 @@ def records_of(model: Any, x: Any, batch_size: int, *kinds: tuple[str, ...]) -> 
         By layer name, a dict of arrays by field, of the layers whose records are of a kind.
     """
     parts: dict[str, dict[str, list[Any]]] = {}
-    total = len(next(iter(x.values())) if isinstance(x, dict) else x)
-    for start in range(0, total, batch_size):
-        stop = start + batch_size
-        if isinstance(x, dict):
-            batch: Any = {name: each[start:stop] for name, each in x.items()}
-        else:
-            batch = x[start:stop]
+    for start in range(0, len(keras.tree.flatten(x)[0]), batch_size):
+        batch = keras.tree.map_structure(lambda each, at=start: each[at : at + batch_size], x)
         with record_routing(model) as records:
             model(batch, training=False)
         for name, calls in records.items():
@@ -65,6 +63,11 @@ def named_layers(model: Any) -> list[tuple[str, Any]]:
     return unique_names(mixture_layers(model))
 
 
+def sizes_of(model: Any) -> dict[str, int]:
+    """How many experts each mixture layer of a model has."""
+    return {name: layer.num_experts for name, layer in named_layers(model)}
+
+
 def takers_of(record: dict[str, Any], num_experts: int) -> Any:
     """Which experts of a sparse layer take a token, bool `(..., E)`: none that dropped it."""
     chosen = record["experts"][..., None] == np.arange(num_experts)
@@ -89,4 +92,19 @@ def expert_weights(model: Any, x: Any, layer: str | None, batch_size: int) -> tu
     found = records_of(model, x, batch_size, SPARSE, SOFT)
     kind = "a layer that sends tokens to experts, or a `SoftMoE`"
     name, record = one_layer(found, layer, kind)
-    return name, weights_of(record, dict(named_layers(model))[name].num_experts)
+    return name, weights_of(record, sizes_of(model)[name])
+
+
+def used_by_example(record: dict[str, Any], num_experts: int) -> Any:
+    """How much each example uses each expert, `(n, E)`.
+
+    That is how many of its tokens an expert gets; of a soft layer and of gates, the weight that
+    its tokens, or its tasks, give it.
+    """
+    if "experts" in record:
+        used = takers_of(record, num_experts)
+    elif "combine" in record:
+        used = weights_of(record, num_experts)
+    else:
+        used = np.nan_to_num(record["weights"])
+    return used.reshape(len(used), -1, num_experts).sum(axis=1, dtype=np.float64)

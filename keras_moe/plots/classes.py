@@ -7,7 +7,15 @@ import numpy as np
 
 from keras_moe import _checks
 from keras_moe.plots._canvas import heat_map, new_figure, numbered
-from keras_moe.plots._records import named_layers, one_layer, records_of, takers_of
+from keras_moe.plots._records import (
+    GATES,
+    SOFT,
+    SPARSE,
+    one_layer,
+    records_of,
+    sizes_of,
+    used_by_example,
+)
 
 
 def class_by_expert(
@@ -21,8 +29,10 @@ def class_by_expert(
 ) -> Any:
     """Draws where the tokens of each class go: classes down, experts across, rows that sum to 1.
 
+    Of `SoftMoE`, the combine weight of the class's tokens, of `MMoE`, its examples' gate weight.
+
     Args:
-        model: A built model with a `MoE` or `SwitchFFN` layer.
+        model: A built model with a mixture layer.
         x: Its inputs, an array or a dict of arrays.
         y: Integer class of each example, `(examples,)`.
         layer: Name of the layer; None where there is one only. Defaults to `None`.
@@ -35,24 +45,33 @@ def class_by_expert(
     Raises:
         ValueError: on an unknown layer, or labels that are not one integer per example.
     """
-    found = records_of(model, x, batch_size, ("experts", "kept"))
-    name, record = one_layer(found, layer, "a layer that sends tokens to experts")
-    num_experts = dict(named_layers(model))[name].num_experts
-    taken = takers_of(record, num_experts)
+    found = records_of(model, x, batch_size, SPARSE, SOFT, GATES)
+    name, record = one_layer(found, layer, "a mixture layer")
+    used = used_by_example(record, sizes_of(model)[name])
     labels = np.asarray(y).reshape(-1)
-    if len(labels) != len(taken) or not np.issubdtype(labels.dtype, np.integer):
+    if len(labels) != len(used) or not np.issubdtype(labels.dtype, np.integer):
         _checks.fail(
-            f"`y` must have one integer class for each of {len(taken)} examples.",
+            f"`y` must have one integer class for each of {len(used)} examples.",
             shape=np.asarray(y).shape,
         )
-    taken = taken.reshape(len(taken), -1, num_experts).sum(axis=1)
     classes = list(range(labels.max() + 1 if class_names is None else len(class_names)))
-    used = np.array([taken[labels == each].sum(axis=0) for each in classes], dtype=np.float64)
-    shares = used / np.maximum(used.sum(axis=1, keepdims=True), 1e-12)
     rows = numbered(len(classes)) if class_names is None else list(class_names)
-    figure = new_figure(max(6.0, 0.45 * num_experts + 3.0), 0.35 * len(rows) + 1.8)
+    by_class = np.array([used[labels == each].sum(axis=0) for each in classes])
+    return draw_classes(name, by_class, rows, unit_of(record))
+
+
+def unit_of(record: dict[str, Any]) -> str:
+    """What a class's shares are of."""
+    return "share of the class's " + ("tokens" if "experts" in record else "weight")
+
+
+def draw_classes(name: str, by_class: Any, rows: list[str], unit: str) -> Any:
+    """Draws the use of experts `(classes, E)`, in shares of each class."""
+    shares = by_class / np.maximum(by_class.sum(axis=1, keepdims=True), 1e-12)
+    num_experts = shares.shape[-1]
+    figure = new_figure(min(max(6.0, 0.45 * num_experts + 3.0), 14.0), 0.35 * len(rows) + 1.8)
     axis = figure.add_subplot()
-    heat_map(figure, axis, shares, rows, numbered(num_experts), "share of the class's tokens")
+    heat_map(figure, axis, shares, rows, numbered(num_experts), unit)
     axis.set_xlabel("expert")
-    axis.set_title(f"Who uses which expert: {name}")
+    axis.set_title(f"Who uses which expert: {name}", parse_math=False)
     return figure

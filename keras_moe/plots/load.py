@@ -8,7 +8,7 @@ import numpy as np
 
 from keras_moe import _checks
 from keras_moe.plots._canvas import heat_map, new_figure, numbered
-from keras_moe.plots._records import named_layers, records_of, takers_of
+from keras_moe.plots._records import SPARSE, records_of, sizes_of, takers_of
 
 
 def expert_load(model: Any, x: Any, *, batch_size: int = 256) -> Any:
@@ -25,22 +25,26 @@ def expert_load(model: Any, x: Any, *, batch_size: int = 256) -> Any:
     Raises:
         ValueError: where no layer sends tokens to experts.
     """
-    sizes = {name: layer.num_experts for name, layer in named_layers(model)}
-    shares = {}
-    for name, record in records_of(model, x, batch_size, ("experts", "kept")).items():
+    sizes, shares = sizes_of(model), {}
+    for name, record in records_of(model, x, batch_size, SPARSE).items():
         taken = takers_of(record, sizes[name]).reshape(-1, sizes[name])
         shares[name] = taken.mean(axis=0) / max(taken.mean(), 1e-12)
     if not shares:
         _checks.fail("`model` must have a layer that sends tokens to experts.", model=model.name)
+    return draw_load(shares, "load over the mean")
+
+
+def draw_load(shares: dict[str, Any], unit: str) -> Any:
+    """Draws each layer's shares of its experts, 1 for a fair one."""
     most = max(len(row) for row in shares.values())
     values = np.full((len(shares), most), np.nan)
     for index, row in enumerate(shares.values()):
         values[index, : len(row)] = row
     figure = new_figure(max(6.0, 0.35 * most + 2.5), 0.6 * len(shares) + 1.8)
     axis = figure.add_subplot()
-    heat_map(figure, axis, values, list(shares), numbered(most), "load over the mean")
+    heat_map(figure, axis, values, list(shares), numbered(most), unit)
     axis.set_xlabel("expert")
-    axis.set_title("Load of the experts")
+    axis.set_title("Load of the experts", parse_math=False)
     return figure
 
 
@@ -70,6 +74,6 @@ def load_over_time(path: str | Path) -> Any:
         rows, columns = numbered(len(values)), [str(number + 1) for number in range(len(epochs))]
         heat_map(figure, axis, values, rows, columns, f"{measure} over the mean")
         axis.set_ylabel("expert")
-        axis.set_title(name)
+        axis.set_title(name, parse_math=False)
     panels[-1].set_xlabel("epoch")
     return figure

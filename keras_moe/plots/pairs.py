@@ -5,7 +5,16 @@ from typing import Any
 import numpy as np
 
 from keras_moe.plots._canvas import heat_map, new_figure, numbered
-from keras_moe.plots._records import named_layers, one_layer, records_of, takers_of
+from keras_moe.plots._records import (
+    SPARSE,
+    named_layers,
+    one_layer,
+    records_of,
+    sizes_of,
+    takers_of,
+)
+
+_MOST_INCHES = 12.0
 
 
 def coactivation(model: Any, x: Any, *, layer: str | None = None, batch_size: int = 256) -> Any:
@@ -24,9 +33,13 @@ def coactivation(model: Any, x: Any, *, layer: str | None = None, batch_size: in
     Raises:
         ValueError: on an unknown layer.
     """
-    found = records_of(model, x, batch_size, ("experts", "kept"))
+    found = records_of(model, x, batch_size, SPARSE)
     name, record = one_layer(found, layer, "a layer that sends tokens to experts")
-    num_experts = dict(named_layers(model))[name].num_experts
+    return draw_pairs(name, record, sizes_of(model)[name])
+
+
+def draw_pairs(name: str, record: dict[str, Any], num_experts: int) -> Any:
+    """Draws the co-activation of a sparse layer's experts."""
     taken = takers_of(record, num_experts).reshape(-1, num_experts).astype(np.float64)
     together = taken.T @ taken
     shares = together / np.maximum(np.diag(together)[:, None], 1.0)
@@ -63,9 +76,9 @@ def slot_similarity(model: Any, *, layer: str | None = None) -> Any:
 
 
 def _matrix(values: Any, names: list[str], unit: str, title: str) -> Any:
-    size = max(5.0, 0.28 * len(names) + 1.5)
+    size = min(max(5.0, 0.28 * len(names) + 1.5), _MOST_INCHES)
     figure = new_figure(size + 1.2, size)
     axis = figure.add_subplot()
     heat_map(figure, axis, values, names, names, unit)
-    axis.set_title(title)
+    axis.set_title(title, parse_math=False)
     return figure

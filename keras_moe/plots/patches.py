@@ -76,8 +76,23 @@ def patch_experts(
         if titles is not None:
             above.set_title(str(titles[number]), fontsize=9, parse_math=False)
     _draw_keys(figure, used, weights)
-    figure.suptitle(f"Which expert each patch takes: {name}", fontsize=12)
+    title = f"Which expert each patch takes: {name}"
+    figure.suptitle(title, fontsize=12, parse_math=False)
     return figure
+
+
+def fits_grid(weights: Any, grid: tuple[int, int] | None, images: Any) -> bool:
+    """Whether weights `(n, ..., E)` are those of the patches of images that can be shown."""
+    shape = tuple(getattr(images, "shape", ()))
+    if len(shape) not in (3, 4) or (len(shape) == 4 and shape[-1] not in (1, 3)):
+        return False
+    if weights.ndim < 3 or len(weights) != shape[0]:
+        return False
+    if grid is None and weights.ndim == 4:
+        return True
+    tokens = int(np.prod(weights.shape[1:-1]))
+    rows, columns = grid or _grid_like(tokens, (shape[1], shape[2]))
+    return 0 < rows * columns <= tokens
 
 
 def _as_pictures(images: Any) -> Any:

@@ -1,11 +1,12 @@
 """What each task takes of each expert."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from keras_moe.plots._canvas import COLOURS, new_figure, numbered
-from keras_moe.plots._records import named_layers, one_layer, records_of
+from keras_moe.plots._records import GATES, named_layers, one_layer, records_of
 
 
 def task_gates(model: Any, x: Any, *, layer: str | None = None, batch_size: int = 256) -> Any:
@@ -24,11 +25,14 @@ def task_gates(model: Any, x: Any, *, layer: str | None = None, batch_size: int 
         ValueError: on an unknown layer.
     """
     gated = {name: each for name, each in named_layers(model) if hasattr(each, "num_tasks")}
-    found = records_of(model, x, batch_size, ("weights",))
+    found = records_of(model, x, batch_size, GATES)
     found = {name: record for name, record in found.items() if name in gated}
     name, record = one_layer(found, layer, "an `MMoE`")
-    tasks = gated[name].tasks
-    weights = record["weights"]
+    return draw_gates(name, record["weights"], gated[name].tasks)
+
+
+def draw_gates(name: str, weights: Any, tasks: int | Sequence[str]) -> Any:
+    """Draws the mean gate weights of a layer's tasks."""
     weights = weights.reshape(-1, *weights.shape[-2:]).astype(np.float64)  # (n, t, e)
     _, num_tasks, num_experts = weights.shape
     names = numbered(num_tasks) if isinstance(tasks, int) else list(tasks)
@@ -46,6 +50,7 @@ def task_gates(model: Any, x: Any, *, layer: str | None = None, batch_size: int 
     axis.set_xticks(range(num_experts), numbered(num_experts))
     axis.set_xlabel("expert")
     axis.set_ylabel("gate weight")
-    axis.set_title(f"What each task takes: {name}")
-    axis.legend(frameon=False, fontsize=9)
+    axis.set_title(f"What each task takes: {name}", parse_math=False)
+    for text in axis.legend(frameon=False, fontsize=9).get_texts():
+        text.set_parse_math(False)
     return figure

@@ -39,6 +39,7 @@ def token_experts(
     layer: str | None = None,
     choices: int = 2,
     line_width: int = 80,
+    most: int | None = None,
 ) -> Any:
     """Draws a text whose tokens have the colour of the expert that they take most of.
 
@@ -54,6 +55,8 @@ def token_experts(
         choices: Positive integer, how many experts of a token are shown; no more than it takes.
             Defaults to `2`.
         line_width: Positive integer, the characters of a line. Defaults to `80`.
+        most: Optional positive integer, how many tokens are shown, from the first. Defaults to
+            `None`.
 
     Returns:
         A `matplotlib.figure.Figure`.
@@ -71,6 +74,8 @@ def token_experts(
             "decides about.",
             **{"len(texts)": len(texts)},
         )
+    if most is not None:
+        texts, weights = texts[:most], weights[: _checks.positive_int("most", most)]
     order = np.argsort(-weights, axis=-1, kind="stable")[:, :choices]
     order = order[:, : max(int((weights > 0).sum(axis=-1).max()), 1)]
     digits = len(str(weights.shape[-1] - 1))

@@ -19,6 +19,7 @@ PUBLIC = [
     for module in (layers, routers, callbacks, dispatch, models, plots, tuning)
     for name in module.__all__
 ]
+PUBLIC += [keras_moe.record_routing, keras_moe.report]
 PUBLIC += [features.Categorical, features.History, features.MultiHot, features.Numeric]
 CLASSES = [each for each in PUBLIC if inspect.isclass(each)]
 RECORDS = [each for each in CLASSES if issubclass(each, tuple)]

@@ -1,0 +1,5 @@
+"""A page about a model's experts."""
+
+from keras_moe.reporting.report import report
+
+__all__ = ["report"]

@@ -1,0 +1,59 @@
+"""The classes of the examples, as many as a picture holds."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from keras_moe import _checks
+
+_MOST = 40  # rows of a picture
+
+
+class Labels(NamedTuple):
+    """What the examples are.
+
+    Attributes:
+        codes: `(n,)`, the place of an example's label in `names`; one past it for a rare one.
+        names: the labels, in order; where there are more than fit, the most frequent.
+    """
+
+    codes: Any
+    names: list[str]
+
+
+def labels_of(
+    labels: Any, targets: Any, count: int, class_names: Sequence[str] | None
+) -> Labels | None:
+    """The labels given, or integer targets, one per example; None where there are none.
+
+    Raises:
+        ValueError: where labels that were given are not one per example.
+    """
+    if labels is None:
+        labels = _integers(targets, count)
+        if labels is None:
+            return None
+    labels = np.asarray(labels)
+    if labels.size < count or labels.size != len(labels):
+        _checks.fail(
+            f"`labels` must have one entry for each of {count} examples.", shape=labels.shape
+        )
+    labels = labels.reshape(-1)[:count]
+    known, codes, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    most = np.sort(np.argsort(-counts, kind="stable")[:_MOST])
+    place = np.full(len(known), len(most))
+    place[most] = np.arange(len(most))
+    return Labels(place[codes], [_name(known[each], class_names) for each in most])
+
+
+def _integers(targets: Any, count: int) -> Any:
+    is_array = isinstance(targets, np.ndarray) and np.issubdtype(targets.dtype, np.integer)
+    return targets if is_array and targets.size == count else None
+
+
+def _name(label: Any, class_names: Sequence[str] | None) -> str:
+    is_place = class_names is not None and np.issubdtype(np.asarray(label).dtype, np.integer)
+    if is_place and 0 <= label < len(class_names or ()):
+        return str((class_names or ())[label])
+    return str(label)

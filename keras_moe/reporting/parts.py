@@ -1,0 +1,137 @@
+"""The pictures and lists of the page, of what applies to a model and its data."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_moe.callbacks.health import amounts_of
+from keras_moe.plots import load_over_time, patch_experts, slot_similarity, token_experts
+from keras_moe.plots._records import used_by_example, weights_of
+from keras_moe.plots.classes import draw_classes, unit_of
+from keras_moe.plots.load import draw_load
+from keras_moe.plots.pairs import draw_pairs
+from keras_moe.plots.patches import fits_grid
+from keras_moe.plots.tasks import draw_gates
+from keras_moe.reporting import page
+from keras_moe.reporting.labels import Labels
+from keras_moe.reporting.summary import Summary
+from keras_moe.reporting.top_tokens import top_tokens
+
+_IMAGES = 8
+_TOKENS = 400  # of the text that is shown
+
+
+@dataclass
+class Findings:
+    """What the page is made of.
+
+    Attributes:
+        model: the model.
+        inputs: its inputs, arrays in a structure.
+        labels: of the examples.
+        texts: the pieces of text of each example.
+        pictures: what to show where the inputs are not images.
+        patch_grid: rows and columns of patches.
+        history: the file of a monitor.
+        records: what the layers decided, by name.
+    """
+
+    model: Any
+    inputs: Any
+    labels: Labels | None
+    texts: list[list[str]] | None
+    pictures: Any
+    patch_grid: tuple[int, int] | None
+    history: str | Path | None
+    records: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def overview_parts(findings: Findings, summaries: Sequence[Summary]) -> list[str]:
+    """The load of all layers, now and in training."""
+    shares = {}
+    for summary in summaries:
+        amounts = amounts_of(summary.counts)[1].sum(axis=0)
+        shares[summary.name] = amounts / max(amounts.mean(), 1e-12)
+    figure = draw_load(shares, "share over the mean")
+    parts = [page.picture(figure, "How much each expert gets; 1 is a fair share.")]
+    if findings.history is not None:
+        caption = "How that went in training, epoch by epoch."
+        parts.append(page.picture(load_over_time(findings.history), caption))
+    return parts
+
+
+def layer_parts(findings: Findings, name: str, layer: Any) -> list[str]:
+    """What one layer's experts do."""
+    record = findings.records.get(name)
+    if record is None:  # the model does not call the layer
+        return []
+    parts = _class_parts(findings, name, record, layer.num_experts)
+    if hasattr(layer, "num_tasks"):
+        figure = draw_gates(name, record["weights"], layer.tasks)
+        return [*parts, page.picture(figure, "What each task takes of each expert.")]
+    if "experts" in record and record["experts"].shape[-1] > 1:
+        figure = draw_pairs(name, record, layer.num_experts)
+        parts.append(page.picture(figure, "Experts that get the same tokens."))
+    if getattr(layer.router, "phi", None) is not None:
+        figure = slot_similarity(findings.model, layer=name)
+        parts.append(page.picture(figure, "Slots that are alike mix the same tokens."))
+    weights = weights_of(record, layer.num_experts)
+    return [*parts, *_text_parts(findings, name, weights), *_patch_parts(findings, name, weights)]
+
+
+def _class_parts(findings: Findings, name: str, record: Any, num_experts: int) -> list[str]:
+    if findings.labels is None:
+        return []
+    used = used_by_example(record, num_experts)
+    codes, names = findings.labels
+    by_class = np.array([used[codes == code].sum(axis=0) for code in range(len(names))])
+    figure = draw_classes(name, by_class, names, unit_of(record))
+    return [page.picture(figure, "Which classes use which expert.")]
+
+
+def _text_parts(findings: Findings, name: str, weights: Any) -> list[str]:
+    """The typical tokens of each expert, and the beginning of a text in their colours."""
+    typical = None if findings.texts is None else top_tokens(weights, findings.texts)
+    if findings.texts is None or typical is None:
+        return []
+    rows = [
+        (str(expert), " ".join(_token(text, share) for text, share in tokens))
+        for expert, tokens in enumerate(typical)
+    ]
+    parts = [page.table(("expert", "typical tokens, and how much of each it gets"), rows, "words")]
+    first = keras.tree.map_structure(lambda each: each[:1], findings.inputs)
+    texts = findings.texts[0]
+    texts = texts + [""] * (weights.shape[1] - len(texts))
+    figure = token_experts(findings.model, first, texts, layer=name, most=_TOKENS)
+    return [*parts, page.picture(figure, "The first text, in the colours of its experts.")]
+
+
+def _token(text: str, share: float) -> str:
+    shown = escape(text.replace("\n", "↵").replace(" ", "·"))
+    return f'<span class="token">{shown} <small>{100 * share:.0f} %</small></span>'
+
+
+def _patch_parts(findings: Findings, name: str, weights: Any) -> list[str]:
+    """Some images, one of each class where there are classes, in the colours of their experts."""
+    images = findings.inputs if findings.pictures is None else findings.pictures
+    if not fits_grid(weights, findings.patch_grid, images):
+        return []
+    chosen, titles = list(range(min(_IMAGES, len(weights)))), None
+    if findings.labels is not None:
+        codes, names = findings.labels
+        chosen = [int(np.flatnonzero(codes == code)[0]) for code in range(len(names))][:_IMAGES]
+        titles = [names[codes[each]] for each in chosen]
+    figure = patch_experts(
+        findings.model,
+        keras.tree.map_structure(lambda each: each[chosen], findings.inputs),
+        layer=name,
+        patch_grid=findings.patch_grid,
+        pictures=np.asarray(images)[chosen],
+        titles=titles,
+    )
+    return [page.picture(figure, "Images, and the experts that their patches take.")]

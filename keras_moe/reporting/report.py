@@ -1,0 +1,116 @@
+"""The page about a model's experts."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+
+from keras_moe import _checks
+from keras_moe.plots._canvas import new_figure
+from keras_moe.plots._records import GATES, SOFT, SPARSE, named_layers, records_of
+from keras_moe.recording import count_routing
+from keras_moe.reporting import page, tables
+from keras_moe.reporting.gather import gather
+from keras_moe.reporting.labels import labels_of
+from keras_moe.reporting.parts import Findings, layer_parts, overview_parts
+from keras_moe.reporting.summary import summarize
+from keras_moe.reporting.top_tokens import texts_of
+
+
+def report(
+    model: Any,
+    data: Any,
+    path: str | Path,
+    *,
+    labels: Any = None,
+    class_names: Sequence[str] | None = None,
+    texts: Sequence[Sequence[str]] | None = None,
+    vocabulary: Sequence[str] | Mapping[int, str] | None = None,
+    pictures: Any = None,
+    patch_grid: tuple[int, int] | None = None,
+    history: str | Path | None = None,
+    title: str | None = None,
+    max_examples: int = 512,
+    batch_size: int = 64,
+) -> Path:
+    """Writes a page of HTML about what a model's experts do with some data.
+
+    The page stands alone: no script, no network, pictures inside; it is made to be read on light
+    and dark screens and to be printed. It has, of what applies:
+
+    - per mixture layer experts, parameters, the numbers of `ExpertMonitor` on these data, and, as
+      its alarms say it, what is wrong and what to try;
+    - the load of all layers, and how it went in training, from the monitor's file;
+    - per layer, which classes, tasks, tokens and patches use which expert, which experts work
+      together, and which slots are alike.
+
+    The model is called as in inference, without compiling it, and left as it was.
+
+    Args:
+        model: A built model with mixture layers.
+        data: Its inputs, an array, a dict or a list of arrays; a tuple (inputs, labels); or what
+            gives batches of these, such as a `keras.utils.PyDataset` or a `tf.data.Dataset`.
+        path: The file to write.
+        labels: Optional class, user group or the like of each example, `(n,)`, integers or strings.
+            None for integers that come with the data. Defaults to `None`.
+        class_names: Names of the labels 0, 1, ...; None for the labels. Defaults to `None`.
+        texts: Optional pieces of text that the tokens of each example stand for, n sequences of
+            strings. Defaults to `None`.
+        vocabulary: Optional texts by token id, a sequence or a dict, in place of `texts` where
+            inputs are ids. Defaults to `None`.
+        pictures: Optional images `(n, height, width)` or `(n, height, width, channels)` to show
+            where the inputs are patches. Defaults to `None`.
+        patch_grid: Rows and columns of patches; None for the grid of the image's shape. Defaults to
+            `None`.
+        history: Optional file that `ExpertMonitor(json=...)` wrote. Defaults to `None`.
+        title: Title of the page; None for the model's name. Defaults to `None`.
+        max_examples: Positive integer, how many examples are read. Defaults to `512`.
+        batch_size: Positive integer, examples per call of the model. Defaults to `64`.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: where the model has no mixture layer, the data no example, or labels do not
+            fit them.
+        ImportError: without matplotlib.
+
+    Example:
+
+    >>> import keras, keras_moe, numpy as np, pathlib, tempfile
+    >>> model = keras.Sequential([keras_moe.layers.MoE(4, 8, name="moe"), keras.layers.Dense(2)])
+    >>> x = np.random.default_rng(0).normal(size=(64, 8)).astype("float32")
+    >>> model.build(x.shape)
+    >>> page = pathlib.Path(tempfile.mkdtemp()) / "experts.html"
+    >>> keras_moe.report(model, x, page, labels=(x[:, 0] > 0).astype(int)).name
+    'experts.html'
+    """
+    new_figure(1.0, 1.0)  # says what to install before the work begins
+    _checks.positive_int("batch_size", batch_size)
+    x, y = gather(data, _checks.positive_int("max_examples", max_examples))
+    count = len(keras.tree.flatten(x)[0])
+    findings = Findings(
+        model=model,
+        inputs=x,
+        labels=labels_of(labels, y, count, class_names),
+        texts=texts_of(x, texts, vocabulary),
+        pictures=None if pictures is None else pictures[:count],
+        patch_grid=patch_grid,
+        history=history,
+    )
+    layers = dict(named_layers(model))
+    with count_routing(model) as counts:
+        findings.records |= records_of(model, x, batch_size, SPARSE, SOFT, GATES)
+    summaries = [summarize(name, layer, counts[name]) for name, layer in layers.items()]
+    parts = [tables.lead(model, count, findings.labels), *tables.overview(summaries)]
+    parts += overview_parts(findings, summaries)
+    for number, summary in enumerate(summaries):
+        parts += [
+            tables.heading(number, summary),
+            *layer_parts(findings, summary.name, layers[summary.name]),
+        ]
+    html = page.page(title or f"Experts of {model.name}", [*parts, tables.glossary(summaries)])
+    path = Path(path)
+    path.write_text(html, encoding="utf-8")
+    return path

@@ -1,0 +1,89 @@
+"""What is known of each mixture layer, in numbers and words."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from keras_moe.callbacks.alarms import alarms, can_be_judged
+from keras_moe.callbacks.health import Counts, amounts_of, health
+from keras_moe.tuning.active_parameters import active_parameters
+
+HEALTHY = "No alarm."
+UNJUDGED = "Too few tokens to judge: chance alone leaves experts out."
+
+# The numbers of `health`, and what they say.
+MEANINGS = {
+    "load_cv": "spread of the experts' load over its mean; 0 is perfect balance, sqrt(E - 1) one "
+    "expert for all",
+    "importance_cv": "the same of the experts' combine or gate weights",
+    "dropped": "share of the assignments that found no room",
+    "entropy": "of the router in nats; 0 is sure, log(E) undecided",
+    "max_violation": "how much more than the mean the most loaded expert has, in means",
+    "used_experts": "exp(entropy of the load): how many experts of equal use it is",
+    "dead_experts": "experts with less than 1 % of their share",
+    "effective_experts": "exp(entropy): between how many experts the router wavers",
+    "confidence": "mean of the router's largest probability",
+}
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One mixture layer.
+
+    Attributes:
+        name: its name in the model, unique.
+        kind: its class.
+        experts: how many there are, and how many of them a token takes, in words.
+        parameters: of the layer.
+        active: those of them that one token meets.
+        counts: what it counted on the data.
+        numbers: its `health`.
+        alarms: what is wrong, and what to try; or that nothing is.
+        is_well: whether there is no alarm.
+        is_judged: whether enough was counted for alarms.
+    """
+
+    name: str
+    kind: str
+    experts: str
+    parameters: int
+    active: int
+    counts: Counts
+    numbers: dict[str, float]
+    alarms: tuple[str, ...]
+    is_well: bool
+    is_judged: bool
+
+
+def summarize(name: str, layer: Any, counts: Counts) -> Summary:
+    """Brings together what a layer is and what it counted."""
+    found = tuple(alarm.message for alarm in alarms(layer, counts))
+    is_judged = can_be_judged(amounts_of(counts)[1])
+    return Summary(
+        name=name,
+        kind=type(layer).__name__,
+        experts=_experts_of(layer),
+        parameters=all_parameters(layer),
+        active=active_parameters(layer),
+        counts=counts,
+        numbers=health(counts, getattr(layer, "capacity_factor", None) is not None),
+        alarms=found or (HEALTHY if is_judged else UNJUDGED,),
+        is_well=not found,
+        is_judged=is_judged,
+    )
+
+
+def all_parameters(layer: Any) -> int:
+    """What training may change, counted as `active_parameters` counts, of all experts."""
+    parts = layer._flatten_layers()
+    weights = {id(weight): weight for part in parts for weight in part._trainable_variables}
+    return sum(math.prod(weight.shape) for weight in weights.values())
+
+
+def _experts_of(layer: Any) -> str:
+    count = layer.num_experts
+    if hasattr(layer, "slots_per_expert"):
+        return f"{count}, of {layer.slots_per_expert} slots"
+    if hasattr(layer, "num_tasks"):
+        return f"{count}, for {layer.num_tasks} tasks"
+    return f"{layer.router.experts_per_token:g} of {count}"

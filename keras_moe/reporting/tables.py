@@ -1,0 +1,97 @@
+"""The page's tables and words."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+
+from keras_moe.callbacks.health import NAMES
+from keras_moe.reporting import page
+from keras_moe.reporting.labels import Labels
+from keras_moe.reporting.summary import MEANINGS, Summary, all_parameters
+from keras_moe.tuning.active_parameters import active_parameters
+from keras_moe.version import __version__
+
+
+def lead(model: Any, count: int, labels: Labels | None) -> str:
+    """What the page is about."""
+    classes = "" if labels is None else f" of {len(labels.names)} classes"
+    return (
+        f'<p class="faint">{page.words(type(model).__name__)} with '
+        f"{page.number(all_parameters(model))} parameters, of which a token meets "
+        f"{page.number(active_parameters(model))}. On {page.number(count)} examples{classes}; "
+        f"{keras.backend.backend()}, Keras {keras.__version__}, keras_moe {__version__}.</p>"
+    )
+
+
+def _verdict(summaries: Sequence[Summary]) -> str:
+    count = len(summaries)
+    layers = f"{count} mixture layer{'s' * (count > 1)}"
+    ill = [summary for summary in summaries if not summary.is_well]
+    alarms = sum(len(summary.alarms) for summary in ill)
+    if not ill:
+        return f"<p>No alarm in {layers}.</p>"
+    return f"<p>{alarms} alarm{'s' * (alarms > 1)} in {len(ill)} of {layers}.</p>"
+
+
+def overview(summaries: Sequence[Summary]) -> list[str]:
+    """What is wrong, what the layers are, and how they do."""
+    head = ("layer", "kind", "experts", "parameters", "active")
+    what = [
+        (
+            page.words(each.name),
+            page.words(each.kind),
+            page.words(each.experts),
+            page.number(each.parameters),
+            page.number(each.active),
+        )
+        for each in summaries
+    ]
+    names = _names(summaries)
+    numbers = [
+        (page.words(each.name), *(page.number(each.numbers.get(name)) for name in names))
+        for each in summaries
+    ]
+    alarms = [
+        (
+            f'<a href="#layer-{number}">{page.words(each.name)}</a>',
+            f'<span class="{_mood(each)}">{page.words(alarm)}</span>',
+        )
+        for number, each in enumerate(summaries)
+        for alarm in each.alarms
+    ]
+    return [
+        _verdict(summaries),
+        page.table(("layer", "state"), alarms, "words"),
+        page.table(head, what),
+        page.table(("layer", *(name.replace("_", " ") for name in names)), numbers),
+    ]
+
+
+def _mood(summary: Summary) -> str:
+    if not summary.is_judged:
+        return "faint"
+    return "well" if summary.is_well else "ill"
+
+
+def _names(summaries: Sequence[Summary]) -> list[str]:
+    """The numbers that any layer has."""
+    return [name for name in NAMES if any(name in each.numbers for each in summaries)]
+
+
+def heading(number: int, summary: Summary) -> str:
+    """The beginning of a layer's part."""
+    return (
+        f'<h2 id="layer-{number}">{page.words(summary.name)}</h2>'
+        f'<p class="faint">{page.words(summary.kind)}, experts: {page.words(summary.experts)}.</p>'
+    )
+
+
+def glossary(summaries: Sequence[Summary]) -> str:
+    """What the numbers mean that the layers have."""
+    named = [name for name in _names(summaries) if name in MEANINGS]
+    terms = "".join(
+        f"<dt>{page.words(name.replace('_', ' '))}</dt><dd>{page.words(MEANINGS[name])}</dd>"
+        for name in named
+    )
+    return f"<h2>What the numbers say</h2><dl>{terms}</dl>"
