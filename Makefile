@@ -1,4 +1,4 @@
-# Two commands are enough: `make demo` and `make test`; `make vision` and `make tune` run the other
+# Two commands are enough: `make demo` and `make test`; `make vision`, `make text` and `make tune` run the other
 # examples. Each sets up all it needs; a second run starts at once. Python 3.11 or newer and make must be there.
 
 PYTHON ?= python3
@@ -10,16 +10,19 @@ TFRS := TF_USE_LEGACY_KERAS=1 KERAS_BACKEND=tensorflow
 PYTEST := $(BIN)/python -m pytest -n 2
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: demo vision tune benchmarks benchmarks-table test lint docs test-jax test-tensorflow test-torch test-tfrs test-once constraints clean
+.PHONY: demo vision text tune benchmarks benchmarks-table test lint docs test-jax test-tensorflow test-torch test-tfrs test-once constraints clean
 
 demo: $(VENV)/.demo
 	$(TFRS) $(BIN)/python examples/recommend_movies.py
 
 # On JAX unless the caller chooses: it compiles and trains these small models fastest on a CPU.
-vision tune: export KERAS_BACKEND ?= jax
+vision text tune: export KERAS_BACKEND ?= jax
 
 vision: $(VENV)/.demo
 	$(BIN)/python examples/image_classification_vit_moe.py
+
+text: $(VENV)/.demo
+	$(BIN)/python examples/text_switch_transformer.py
 
 tune: $(VENV)/.demo
 	$(BIN)/python examples/tune_moe.py
@@ -45,7 +48,8 @@ docs: $(VENV)/.dev
 
 # What runs on every backend, once per backend, each in a process of its own.
 CORE_TESTS := tests/callbacks tests/dispatch tests/layers tests/models tests/oracle tests/parity \
-	tests/plots tests/reporting tests/routers tests/tuning tests/examples/test_image_classification.py tests/examples/test_tune_moe.py
+	tests/plots tests/reporting tests/routers tests/tuning tests/examples/test_image_classification.py \
+	tests/examples/test_text_switch_transformer.py tests/examples/test_tune_moe.py
 
 test-jax test-tensorflow test-torch: test-%: $(VENV)/.dev
 	KERAS_BACKEND=$* $(PYTEST) $(CORE_TESTS)

@@ -35,28 +35,18 @@ from typing import Any
 
 import keras
 import numpy as np
+from common.resume import History, ResultsError, open_results, write_whole
+from common.training import fit_or_resume, positive, time_steps, warm_up_and_decay
 from keras import layers
 from vision import pictures, show
 from vision.augmentation import RandomShiftAndFlip
 from vision.data import EVALUATION_BATCH, RECIPES, DataError, Images, load_images, training_batches
-from vision.resume import (
-    Checkpoint,
-    History,
-    ResultsError,
-    load_checkpoint,
-    open_results,
-    set_state,
-    state_of,
-    write_whole,
-)
 from vision.routing import measure_use
 
-from keras_moe.callbacks import ExpertMonitor
 from keras_moe.models import vit
 from keras_moe.tuning import active_flops, active_parameters
 
 FEED_FORWARDS = ("soft_moe", "moe", "switch")
-TIMED_STEPS = 20
 WEIGHT_DECAY = 1e-4
 
 
@@ -95,13 +85,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--overwrite", action="store_true", help="start anew in a folder that has results"
     )
     return parser.parse_args(arguments)
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more. Received: {value}")
-    return value
 
 
 def complete(options: argparse.Namespace, images: Images) -> None:
@@ -198,9 +181,7 @@ def build(name: str, images: Images, options: argparse.Namespace, seed: int) -> 
         name="trainer",
     )
     steps = options.epochs * options.steps_per_epoch
-    schedule = keras.optimizers.schedules.CosineDecay(
-        0.0, steps, warmup_target=options.learning_rate, warmup_steps=max(1, steps // 10)
-    )
+    schedule = warm_up_and_decay(options.learning_rate, steps)
     trainer.compile(
         optimizer=keras.optimizers.AdamW(schedule, weight_decay=WEIGHT_DECAY, clipnorm=1.0),
         loss="sparse_categorical_crossentropy",
@@ -220,29 +201,19 @@ def build(name: str, images: Images, options: argparse.Namespace, seed: int) -> 
 
 def train(contestant: Contestant, seed: int, images: Images, options: argparse.Namespace) -> Run:
     """Train one model, from its last checkpoint if it has one, and test it."""
-    trainer = contestant.trainer
-    file = options.out / "checkpoints" / f"{contestant.name}-seed{seed}.npz"
-    history: History = {}
-    if file.exists():
-        history = load_checkpoint(file, trainer)
-    else:
-        # The same compiled model for all seeds: compiling takes longer than an epoch.
-        set_state(trainer, state_of(build(contestant.name, images, options, seed).trainer))
-    done = len(history.get("loss", ()))
-    show.training_begins(contestant.title, seed, done, options.epochs)
-    if done < options.epochs:
-        first_step = done * options.steps_per_epoch
-        trainer.fit(
-            training_batches(images, options.batch_size, seed, first_step),
-            steps_per_epoch=options.steps_per_epoch,
-            initial_epoch=done,
-            epochs=options.epochs,
-            validation_data=as_floats(images.validation),
-            validation_batch_size=EVALUATION_BATCH,
-            callbacks=[ExpertMonitor(every=10), Checkpoint(file, history, seed)],
-            shuffle=False,  # the generator does
-            verbose=1 if sys.stdout.isatty() else 2,
-        )
+    history = fit_or_resume(
+        contestant.trainer,
+        options.out / "checkpoints" / f"{contestant.name}-seed{seed}.npz",
+        seed,
+        options,
+        fresh=lambda: build(contestant.name, images, options, seed).trainer,
+        batches=lambda step: training_batches(images, options.batch_size, seed, step),
+        begins=lambda done: show.training_begins(contestant.title, seed, done, options.epochs),
+        validation={
+            "validation_data": as_floats(images.validation),
+            "validation_batch_size": EVALUATION_BATCH,
+        },
+    )
     predictions = predict(contestant.classifier, images.test[0])
     accuracy = float(np.mean(predictions.argmax(-1) == images.test[1]))
     return Run(history, accuracy, predictions)
@@ -263,20 +234,6 @@ def save_and_reload(contestant: Contestant, run: Run, images: Images, folder: Pa
     os.replace(draft, file)
     reloaded = predict(keras.saving.load_model(file), images.test[0])
     return float(np.abs(reloaded - run.predictions).max())
-
-
-def time_steps(
-    contestants: list[Contestant], images: Images, options: argparse.Namespace
-) -> dict[str, list[float]]:
-    """Return the seconds of training steps, the models taking turns. This trains them further."""
-    seconds: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
-    batch = next(training_batches(images, options.batch_size, seed=0))
-    for _ in range(TIMED_STEPS + 3):
-        for contestant in contestants:
-            began = time.perf_counter()
-            contestant.trainer.train_on_batch(*batch)
-            seconds[contestant.name].append(time.perf_counter() - began)
-    return {name: values[3:] for name, values in seconds.items()}  # the first ones compile
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -310,7 +267,10 @@ def main(arguments: list[str] | None = None) -> int:
                     options.out / "experts.png", dpi=110
                 )
 
-    seconds = time_steps(contestants, images, options)
+    seconds = time_steps(
+        {contestant.name: contestant.trainer for contestant in contestants},
+        next(training_batches(images, options.batch_size, seed=0)),
+    )
     results = show.as_record(contestants, runs, seconds)
     show.figures(contestants, results)
     show.experts(use)

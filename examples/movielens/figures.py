@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from common.seeds import paired_interval
 
 from movielens.features import Examples
-
-# Two-sided 95 % points of Student's t for 1, 2, 3, ... degrees of freedom.
-_T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
 def roc_auc(label: np.ndarray, score: np.ndarray) -> float:
@@ -41,16 +39,6 @@ def measure(
         "liked": roc_auc(examples.liked[watched], liked[watched]),
         "rating": root_mean_square(rating[watched] - examples.rating[watched]),
     }
-
-
-def paired_interval(first: list[float], second: list[float]) -> tuple[float, float]:
-    """Return the mean of first - second over seeds and the half width of its 95 % interval."""
-    difference = np.subtract(first, second)
-    seeds = len(difference)
-    if seeds < 2:
-        return float(difference.mean()), float("inf")
-    t = _T_95[min(seeds - 2, len(_T_95) - 1)]
-    return float(difference.mean()), float(t * difference.std(ddof=1) / np.sqrt(seeds))
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 
 import numpy as np
+from common.seeds import mean_and_spread, paired_interval
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from movielens.data import ACKNOWLEDGEMENT, LIKED_FROM, PERIOD_NAMES
-from movielens.figures import FIGURES, paired_interval
+from movielens.figures import FIGURES
 
 NAMES = {"shared_bottom": "Shared bottom", "mmoe": "MMoE"}
 SCORE = "score = P(watch) * P(liked) * rating / 5"
@@ -102,11 +103,6 @@ def figure_rows(by_trunk: dict, baselines: dict) -> list[list[str]]:
         cells.append(f"{mean:+.4f}" + (f" ± {half_width:.4f}" if np.isfinite(half_width) else ""))
     rows.append(["MMoE - shared bottom, paired (95 %)", *cells, "-"])
     return rows
-
-
-def mean_and_spread(values: list[float]) -> str:
-    spread = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.4f}{spread}"
 
 
 def recommendations(user_id: int, favourites: list, lists: dict) -> None:

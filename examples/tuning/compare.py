@@ -11,9 +11,8 @@ from typing import Any
 
 import keras
 import keras_tuner
-import numpy as np
-from movielens.figures import paired_interval
-from vision.resume import set_state, state_of
+from common import seeds
+from common.resume import set_state, state_of
 
 from keras_moe.tuning import ActiveCost
 from tuning.search import RETRAINED, Figure, Row, Search, of_the_model, write_whole
@@ -113,12 +112,12 @@ def train(
 def verdict(figure: Figure, best: list[Run], default: list[Run]) -> str:
     """Return a sentence on who wins one figure, as far as the paired seeds can tell."""
     mean, half_width = difference(figure, best, default)
-    seeds = len(best)
-    if seeds < 2:
+    count = len(best)
+    if count < 2:
         return f"{figure.title}: {mean:+.4f}; one seed cannot tell whether that is chance."
-    numbers = f"({mean:+.4f} ± {half_width:.4f}, 95 % interval over {seeds} paired seeds)"
+    numbers = f"({mean:+.4f} ± {half_width:.4f}, 95 % interval over {count} paired seeds)"
     if abs(mean) <= half_width:
-        outcome = f"does not beat the default as far as {seeds} seeds can show"
+        outcome = f"does not beat the default as far as {count} seeds can show"
     else:
         is_better = (mean > 0) == figure.higher_is_better
         outcome = f"is {'better' if is_better else 'worse'} than the default"
@@ -127,10 +126,10 @@ def verdict(figure: Figure, best: list[Run], default: list[Run]) -> str:
 
 def difference(figure: Figure, best: list[Run], default: list[Run]) -> tuple[float, float]:
     """Return the mean of best - default over seeds and the half width of its 95 % interval."""
-    return paired_interval(*([run.test[figure.name] for run in runs] for runs in (best, default)))
+    return seeds.paired_interval(
+        *([run.test[figure.name] for run in runs] for runs in (best, default))
+    )
 
 
 def mean_and_spread(runs: list[Run], figure: Figure) -> str:
-    values = [run.test[figure.name] for run in runs]
-    spread = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.4f}{spread}"
+    return seeds.mean_and_spread([run.test[figure.name] for run in runs])

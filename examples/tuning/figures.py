@@ -8,6 +8,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from common.style import STYLE
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -16,15 +17,7 @@ from tuning.show import DEFAULT, best_of, cost, front_of
 
 # Okabe and Ito's colours, told apart by readers with any colour vision; shapes tell them apart too.
 _LOOKS = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#56B4E9", "v"))
-_STYLE = {
-    "font.size": 11,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 12,
-    "axes.titleweight": "bold",
-    "figure.constrained_layout.use": True,
-    "legend.frameon": False,
-}
+_STYLE = {**STYLE, "axes.titlesize": 12, "axes.titleweight": "bold"}
 
 
 def draw(found: list[tuple[Search, list[Row], str]], file: Path) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from common.style import STYLE
 from matplotlib.figure import Figure as Picture
 
 from keras_moe.plots import patch_experts
@@ -17,17 +18,9 @@ from vision.routing import Use
 # Okabe and Ito's colours, told apart by readers with any colour vision.
 MODEL_COLOURS = {"dense": "#D55E00", "mixture": "#0072B2"}
 SLOTS_SHOWN = 8
-_STYLE = {
-    "font.size": 11,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 11,
-    "figure.constrained_layout.use": True,
-    "legend.frameon": False,
-}
 
 
-@plt.rc_context(_STYLE)
+@plt.rc_context(STYLE)
 def draw_learning_curves(contestants: list, runs: dict, options) -> Picture:
     """Draw loss and accuracy by step: training dashed, validation solid, a line per seed."""
     picture, panels = plt.subplots(1, 2, figsize=(11, 4))
@@ -60,7 +53,7 @@ def draw_use(use: Use, classifier: keras.Model, images: Images) -> Picture:
     return patch_experts(classifier, pixels.astype("float32"), layer=use.layer, titles=titles)
 
 
-@plt.rc_context(_STYLE)
+@plt.rc_context(STYLE)
 def draw_slots(use: Use, images: Images) -> Picture:
     """Draw a row per test image and a column per slot, and their mean in a last row."""
     columns = distinct(use)

@@ -6,7 +6,7 @@ import sys
 
 import keras
 import numpy as np
-from movielens.figures import paired_interval
+from common.seeds import mean_and_spread, verdict
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -100,26 +100,9 @@ def figures(contestants: list, results: dict) -> None:
     for name, record in results["models"].items():
         by_seed = ", ".join(f"{accuracy:.4f}" for accuracy in record["test_accuracy"])
         console.print(f"{name}, seed by seed: {by_seed}")
-    console.print(verdict(results))
-
-
-def mean_and_spread(values: list[float]) -> str:
-    spread = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.4f}{spread}"
-
-
-def verdict(results: dict) -> str:
-    """Return a sentence on which model wins, as far as the paired seeds can tell."""
     mixture, dense = (results["models"][name] for name in ("mixture", "dense"))
     accuracies = mixture["test_accuracy"], dense["test_accuracy"]
-    mean, half_width = paired_interval(*accuracies)
-    seeds = len(accuracies[0])
-    if seeds < 2:
-        return f"{mixture['title']} - dense: {mean:+.4f}. One seed cannot tell if that is chance."
-    numbers = f"{mean:+.4f} ± {half_width:.4f}, 95 % interval over {seeds} paired seeds"
-    if abs(mean) <= half_width:
-        return f"No difference that {seeds} seeds can show: {mixture['title']} - dense {numbers}."
-    return f"{mixture['title']} is {'better' if mean > 0 else 'worse'} than dense: {numbers}."
+    console.print(verdict(mixture["title"], accuracies[0], "dense", accuracies[1]))
 
 
 def experts(use) -> None:

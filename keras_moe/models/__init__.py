@@ -6,6 +6,7 @@ from keras_moe.models.multitask_ranker import multitask_ranker
 from keras_moe.models.position_embedding import PositionEmbedding
 from keras_moe.models.qk_norm_attention import QKNormAttention
 from keras_moe.models.task_gates import task_gates
+from keras_moe.models.transformer import decoder
 from keras_moe.models.vit import VIT_SIZES, vit
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "HistoryMean",
     "PositionEmbedding",
     "QKNormAttention",
+    "decoder",
     "features",
     "multitask_ranker",
     "task_gates",

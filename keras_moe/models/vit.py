@@ -8,9 +8,9 @@ from keras import layers
 
 from keras_moe import _checks
 from keras_moe.layers import MoE, SoftMoE, SwitchFFN
+from keras_moe.models import _blocks
 from keras_moe.models.position_embedding import PositionEmbedding
-from keras_moe.models.qk_norm_attention import QKNormAttention
-from keras_moe.types import Activation, Config, Tensor
+from keras_moe.types import Activation
 
 VIT_SIZES: dict[str, dict[str, int]] = {
     # Ti and S: Touvron et al. 2020 (DeiT), table 1; B, L and H: Dosovitskiy et al. 2020, table 1.
@@ -26,7 +26,6 @@ _MIXTURES: dict[str, Callable[..., keras.layers.Layer]] = {
     "soft_moe": SoftMoE,
     "switch": SwitchFFN,
 }
-_EPSILON = 1e-6  # of every LayerNorm: Dosovitskiy et al.'s code
 
 
 def vit(
@@ -113,57 +112,37 @@ def vit(
     """
     rows, columns = _checked_patches(input_shape, patch_size)
     sizes = _checked_sizes(size, width=width, depth=depth, num_heads=num_heads, mlp_dim=mlp_dim)
-    width, depth = sizes["width"], sizes["depth"]
     if num_classes is not None:
         _checks.positive_int("num_classes", num_classes)
     dropout = _checks.rate("dropout", dropout)
-    make_mixture = _mixture_factory(
-        feed_forward,
-        feed_forward_arguments,
-        {"hidden_dim": sizes["mlp_dim"], "activation": activation, "dropout": dropout},
+    blocks = _blocks.Blocks(
+        depth=sizes["depth"],
+        num_heads=sizes["num_heads"],
+        mlp_dim=sizes["mlp_dim"],
+        activation=activation,
+        dropout=dropout,
+        qk_norm=qk_norm,
+        is_causal=False,
+        make_mixture=_blocks.mixture_factory(
+            _MIXTURES,
+            feed_forward,
+            feed_forward_arguments,
+            {"hidden_dim": sizes["mlp_dim"], "activation": activation, "dropout": dropout},
+        ),
+        mixture_blocks=_blocks.checked_blocks(moe_layers, sizes["depth"]),
     )
-    mixture_blocks = _checked_blocks(moe_layers, depth)
-
-    def drop(x: Tensor, layer_name: str) -> Tensor:
-        return layers.Dropout(dropout, name=layer_name)(x) if dropout else x
-
-    def norm(x: Tensor, layer_name: str) -> Tensor:
-        return layers.LayerNormalization(epsilon=_EPSILON, name=layer_name)(x)
-
-    def mlp(x: Tensor, prefix: str) -> Tensor:
-        x = layers.Dense(sizes["mlp_dim"], activation=activation, name=f"{prefix}_mlp_hidden")(x)
-        x = drop(x, f"{prefix}_mlp_hidden_dropout")
-        return layers.Dense(width, name=f"{prefix}_mlp_output")(x)
-
-    attention = QKNormAttention if qk_norm else layers.MultiHeadAttention
     images = keras.Input(tuple(input_shape), name="images")
     x = layers.Conv2D(
-        width,
+        sizes["width"],
         patch_size,
         strides=patch_size,
         data_format="channels_last",
         name="patch_embedding",
     )(images)
-    x = layers.Reshape((rows * columns, width), name="patches")(x)
-    x = drop(PositionEmbedding(name="position_embedding")(x), "embedding_dropout")
-    for block in range(depth):
-        prefix = f"block_{block}"
-        y = norm(x, f"{prefix}_attention_norm")
-        y = attention(sizes["num_heads"], width // sizes["num_heads"], name=f"{prefix}_attention")(
-            y, y
-        )
-        x = layers.Add(name=f"{prefix}_attention_residual")(
-            [x, drop(y, f"{prefix}_attention_dropout")]
-        )
-        y = norm(x, f"{prefix}_feed_forward_norm")
-        if make_mixture is not None and block in mixture_blocks:
-            y = _checked_mixture(make_mixture(block), y)
-        else:
-            y = mlp(y, prefix)
-        x = layers.Add(name=f"{prefix}_feed_forward_residual")(
-            [x, drop(y, f"{prefix}_feed_forward_dropout")]
-        )
-    x = norm(x, "encoder_norm")
+    x = layers.Reshape((rows * columns, sizes["width"]), name="patches")(x)
+    x = PositionEmbedding(name="position_embedding")(x)
+    x = blocks(_blocks.drop(x, dropout, "embedding_dropout"))
+    x = _blocks.norm(x, "encoder_norm")
     x = layers.GlobalAveragePooling1D(name="pooling")(x)
     if num_classes is not None:
         # Zeros: the first predictions are uniform (Dosovitskiy et al.'s and V-MoE's code). float32:
@@ -200,89 +179,11 @@ def _checked_patches(input_shape: Sequence[int], patch_size: int) -> tuple[int, 
 
 def _checked_sizes(size: str | None, **given: int | None) -> dict[str, int]:
     """Returns width, depth, num_heads and mlp_dim, from what was given or else from the size."""
-    sizes: dict[str, Any] = dict(given)
+    sizes = dict(given)
     if size is not None:
         named = VIT_SIZES[_checks.one_of("size", size, VIT_SIZES)]
         sizes = {part: named[part] if value is None else value for part, value in sizes.items()}
     for part in ("width", "depth", "num_heads"):
         if sizes[part] is None:
             _checks.fail(f"`{part}` must be a positive integer where `size` is None.", **sizes)
-        _checks.positive_int(part, sizes[part])
-    if sizes["mlp_dim"] is None:
-        sizes["mlp_dim"] = 4 * sizes["width"]
-    _checks.positive_int("mlp_dim", sizes["mlp_dim"])
-    if sizes["width"] % sizes["num_heads"]:
-        _checks.fail(
-            "`width` must be a multiple of `num_heads`.",
-            width=sizes["width"],
-            num_heads=sizes["num_heads"],
-        )
-    return sizes
-
-
-def _checked_blocks(moe_layers: str | int | Sequence[int], depth: int) -> frozenset[int]:
-    """Returns the indices of the blocks that take the mixture."""
-    if moe_layers == "last_half":
-        return frozenset(range(depth - depth // 2, depth))
-    if isinstance(moe_layers, int):
-        every = _checks.int_between("moe_layers", moe_layers, 1, depth, "depth")
-        return frozenset(range(every - 1, depth, every))
-    if isinstance(moe_layers, Sequence) and not isinstance(moe_layers, str):
-        for block in moe_layers:
-            _checks.int_between("moe_layers", block, 0, depth - 1, "depth - 1")
-        if len(set(moe_layers)) != len(moe_layers):
-            _checks.fail("`moe_layers` must name a block once.", moe_layers=moe_layers)
-        return frozenset(moe_layers)
-    _checks.fail(
-        "`moe_layers` must be 'last_half', an integer n for every n-th block, or a sequence of "
-        "block indices.",
-        moe_layers=moe_layers,
-    )
-
-
-def _mixture_factory(
-    feed_forward: str | Callable[[int], keras.layers.Layer],
-    arguments: Mapping[str, Any] | None,
-    defaults: Config,
-) -> Callable[[int], keras.layers.Layer] | None:
-    """Returns what makes the feed-forward of a block, None for the dense one."""
-    if isinstance(feed_forward, str) and feed_forward in _MIXTURES:
-        make, name = _MIXTURES[feed_forward], feed_forward
-        if "num_experts" not in (arguments or {}):
-            _checks.fail(
-                f"`feed_forward_arguments` must give the `num_experts` of {name!r}.",
-                feed_forward_arguments=arguments,
-            )
-        return lambda block: make(
-            **{**defaults, **(arguments or {}), "name": f"block_{block}_{name}"}
-        )
-    if arguments is not None:
-        _checks.fail(
-            "`feed_forward_arguments` belong to a `feed_forward` of the names "
-            f"{sorted(_MIXTURES)}.",
-            feed_forward=feed_forward,
-            feed_forward_arguments=arguments,
-        )
-    if feed_forward == "dense":
-        return None
-    if isinstance(feed_forward, str | keras.layers.Layer) or not callable(feed_forward):
-        _checks.fail(
-            f"`feed_forward` must be one of {sorted(['dense', *_MIXTURES])} or a function of the "
-            "block's index that returns a new layer (one layer for all blocks would share its "
-            "weights).",
-            feed_forward=feed_forward,
-        )
-    return feed_forward
-
-
-def _checked_mixture(layer: Any, x: Tensor) -> Tensor:
-    """Calls a block's feed-forward and checks that the residual can be added to what it returns."""
-    if not isinstance(layer, keras.layers.Layer):
-        _checks.fail("`feed_forward` must return a Keras layer.", returned=layer)
-    y = layer(x)
-    if getattr(y, "shape", None) != x.shape:
-        _checks.fail(
-            f"`feed_forward` must return a layer that keeps the shape {x.shape}.",
-            **{"output shape": getattr(y, "shape", type(y).__name__)},
-        )
-    return y
+    return _blocks.checked_sizes(**sizes)

@@ -13,7 +13,7 @@ import keras
 import matplotlib.image
 import numpy as np
 import pytest
-from vision import resume
+from common import resume
 from vision.augmentation import RandomShiftAndFlip
 from vision.data import RECIPES, DataError, load_images, training_batches
 from vision.routing import measure_use

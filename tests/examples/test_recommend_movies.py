@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from common.seeds import paired_interval
 from movielens.baselines import BiasModel, measure_baselines
 from movielens.data import (
     TEST,
@@ -23,7 +24,7 @@ from movielens.data import (
     split_by_time,
 )
 from movielens.features import PADDING, RARE, RECENT, SCALARS, Past, batches
-from movielens.figures import FIGURES, compare, paired_interval, roc_auc
+from movielens.figures import FIGURES, compare, roc_auc
 
 import keras_moe
 

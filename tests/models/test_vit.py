@@ -10,7 +10,7 @@ from keras import ops
 from keras_moe import layers
 from keras_moe.models import PositionEmbedding, QKNormAttention, vit
 from tests.helpers import randomize_weights
-from tests.oracle import soft_moe
+from tests.oracle import soft_moe, transformer
 
 BACKEND = keras.backend.backend()
 SMALL = {"patch_size": 2, "width": 12, "depth": 2, "num_heads": 3, "mlp_dim": 20}
@@ -92,67 +92,23 @@ def test_a_size_can_be_changed_in_part():
 # === Values ===
 
 
-def layer_norm(x, weights, name, epsilon=1e-6):
-    centred = x - x.mean(-1, keepdims=True)
-    normed = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + epsilon)
-    return normed * weights[f"{name}/gamma"] + weights.get(f"{name}/beta", 0.0)
-
-
-def softmax(x):
-    e = np.exp(x - x.max(-1, keepdims=True))
-    return e / e.sum(-1, keepdims=True)
-
-
-def gelu(x):
-    return 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
-
-
 def forward(images, weights, *, qk_norm, soft_block):
     """The small ViT once more, in float64."""
     batch, height, width, channels = images.shape
-    side, heads = SMALL["patch_size"], SMALL["num_heads"]
+    side = SMALL["patch_size"]
     patches = images.reshape(batch, height // side, side, width // side, side, channels)
     patches = patches.transpose(0, 1, 3, 2, 4, 5)  # row-major over patches
     patches = patches.reshape(batch, -1, side * side * channels)
     kernel = weights["patch_embedding/kernel"].reshape(side * side * channels, -1)
     x = patches @ kernel + weights["patch_embedding/bias"] + weights["position_embedding/positions"]
-    for block in range(SMALL["depth"]):
-        name = f"block_{block}"
-        y = layer_norm(x, weights, f"{name}_attention_norm")
 
-        def project(part, y=y, name=name):
-            kernel = weights[f"{name}_attention/{part}/kernel"]
-            return (
-                np.einsum("bnd,dhk->bhnk", y, kernel)
-                + (weights[f"{name}_attention/{part}/bias"][:, None, :])
-            )
+    def mix(y, own):
+        return soft_moe.run(y, own, np.zeros_like(y), activation="gelu")[0]
 
-        query, key, value = project("query"), project("key"), project("value")
-        if qk_norm:
-            query = layer_norm(query, weights, f"{name}_attention/query_norm")
-            key = layer_norm(key, weights, f"{name}_attention/key_norm")
-        scores = np.einsum("bhnk,bhmk->bhnm", query, key) / math.sqrt(SMALL["width"] // heads)
-        mixed = np.einsum("bhnm,bhmk->bnhk", softmax(scores), value)
-        kernel = weights[f"{name}_attention/attention_output/kernel"]
-        x = x + np.einsum("bnhk,hkd->bnd", mixed, kernel)
-        x = x + weights[f"{name}_attention/attention_output/bias"]
-        y = layer_norm(x, weights, f"{name}_feed_forward_norm")
-        if block == soft_block:
-            prefix = f"{name}_soft_moe/"
-            own = {
-                path.removeprefix(prefix): value
-                for path, value in weights.items()
-                if path.startswith(prefix)
-            }
-            x = x + soft_moe.run(y, own, np.zeros_like(y), activation="gelu")[0]
-        else:
-            hidden = gelu(
-                y @ weights[f"{name}_mlp_hidden/kernel"] + weights[f"{name}_mlp_hidden/bias"]
-            )
-            x = x + hidden @ weights[f"{name}_mlp_output/kernel"]
-            x = x + weights[f"{name}_mlp_output/bias"]
-    pooled = layer_norm(x, weights, "encoder_norm").mean(axis=1)
-    return softmax(pooled @ weights["head/kernel"] + weights["head/bias"])
+    mixtures = {soft_block: (f"block_{soft_block}_soft_moe", mix)}
+    x = transformer.blocks(x, weights, SMALL["depth"], mixtures=mixtures, qk_norm=qk_norm)
+    pooled = transformer.layer_norm(x, weights, "encoder_norm").mean(axis=1)
+    return transformer.softmax(pooled @ weights["head/kernel"] + weights["head/bias"])
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
@@ -349,10 +305,24 @@ def test_positions_need_a_known_length():
         PositionEmbedding()(keras.KerasTensor((2, None, 4)))
 
 
+def test_positions_up_to_a_length():
+    layer = PositionEmbedding(max_length=5)
+    x = np.random.default_rng(0).normal(size=(2, 3, 4)).astype("float32")
+    outputs = ops.convert_to_numpy(layer(x))
+    positions = ops.convert_to_numpy(layer.positions)
+    assert positions.shape == (5, 4)
+    np.testing.assert_allclose(outputs, x + positions[:3], rtol=1e-6)
+    assert layer(keras.KerasTensor((2, None, 4))).shape == (2, None, 4)
+    with pytest.raises(ValueError, match=r"at most max_length=5 places. Received: n=6"):
+        layer(np.zeros((2, 6, 4), "float32"))
+    with pytest.raises(ValueError, match=r"`max_length` must be a positive integer.*=0"):
+        PositionEmbedding(max_length=0)
+
+
 def test_sublayers_come_back_from_their_config():
     attention = QKNormAttention(2, 4, dropout=0.1)
     again = QKNormAttention.from_config(attention.get_config())
     assert again.get_config() == attention.get_config()
-    positions = PositionEmbedding("zeros")
+    positions = PositionEmbedding("zeros", max_length=3)
     again = PositionEmbedding.from_config(positions.get_config())
     assert again.get_config() == positions.get_config()

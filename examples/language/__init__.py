@@ -1,0 +1,1 @@
+"""Parts of `text_switch_transformer.py`: text, generation, pictures, tables."""

@@ -1,0 +1,159 @@
+"""Decoder-only Transformers whose feed-forward layers may be mixtures of experts."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import keras
+from keras import layers
+
+from keras_moe import _checks
+from keras_moe.layers import MoE, SoftMoE, SwitchFFN
+from keras_moe.models import _blocks
+from keras_moe.models.position_embedding import PositionEmbedding
+from keras_moe.routers import BatchPriorityRouter, SinkhornRouter
+from keras_moe.types import Activation
+
+_MIXTURES: dict[str, Callable[..., keras.layers.Layer]] = {"moe": MoE, "switch": SwitchFFN}
+
+
+def decoder(
+    vocabulary_size: int,
+    *,
+    width: int,
+    depth: int,
+    num_heads: int,
+    mlp_dim: int | None = None,
+    max_length: int = 1024,
+    feed_forward: str | Callable[[int], keras.layers.Layer] = "dense",
+    feed_forward_arguments: Mapping[str, Any] | None = None,
+    moe_layers: str | int | Sequence[int] = 1,
+    activation: Activation = "gelu",
+    qk_norm: bool = False,
+    dropout: float = 0.0,
+    name: str = "decoder",
+) -> keras.Model:
+    """Builds a language model, a functional model from tokens to logits of the next ones.
+
+    x = embedding[tokens] + positions
+    for each block: x = x + attention(norm(x)), causal; x = x + feed_forward(norm(x))
+    logits[n] = norm(x)[n] @ head + bias, of token n + 1
+
+    Pre-norm, learned positions. The logits at n depend on tokens 0 to n alone, so that padding on
+    the right changes nothing before it, and what would break this is refused: routing in which
+    experts choose among all tokens, later ones too. The blocks of `moe_layers` have the
+    feed-forward that is asked for, the others a dense one of `mlp_dim` hidden units. Initial
+    weights follow `keras.utils.set_random_seed`.
+
+    Args:
+        vocabulary_size: Positive integer, the tokens there are; 256 for bytes.
+        width: Positive integer, the model width d, a multiple of `num_heads`.
+        depth: Positive integer, the number of blocks.
+        num_heads: Positive integer, the attention heads.
+        mlp_dim: Positive integer, the hidden units of a dense feed-forward, and of each expert
+            unless `feed_forward_arguments` say otherwise; None for 4 `width`. Defaults to `None`.
+        max_length: Positive integer, the longest sequence. Defaults to `1024`.
+        feed_forward: `"dense"`, `"moe"`, `"switch"`, or a function that takes a block's index and
+            returns a new layer from `(batch, n, width)` to the same, which mixes no tokens.
+            Defaults to `"dense"`.
+        feed_forward_arguments: Arguments of the `MoE` or `SwitchFFN` of that name, such as
+            `{"num_experts": 8}`, which they need. With a `capacity_factor`, whether a token finds
+            room depends on the tokens before it and on the batch; None, as `MoE` has it, drops
+            nothing. Defaults to `None`.
+        moe_layers: The blocks that take `feed_forward`: an integer n for every n-th block (1 for
+            all, as Mixtral has them; 2 for Switch's and Llama 4 Maverick's interleaving),
+            `"last_half"`, or a sequence of indices from 0. Defaults to `1`.
+        activation: Activation of the hidden units; experts by name take it too, unless
+            `feed_forward_arguments` say otherwise. Defaults to `"gelu"`.
+        qk_norm: Whether queries and keys are normalised (Dehghani et al. 2023, section 2).
+            Defaults to `False`.
+        dropout: Float in [0, 1), dropout on the embedded tokens, after attention, and after both
+            layers of a feed-forward. Defaults to `0.0`.
+        name: Name of the model. Defaults to `"decoder"`.
+
+    Returns:
+        A `keras.Model` from integers `(batch, n)` to `(batch, n, vocabulary_size)`, float32, for
+        any n up to `max_length`. The mixtures are its layers `block_{index}_{feed_forward}`.
+
+    Raises:
+        ValueError: on an unknown feed-forward, one that is not causal, blocks out of range, or
+            sizes that do not fit together.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from keras_moe.models import decoder
+    >>> model = decoder(
+    ...     256, width=32, depth=2, num_heads=2,
+    ...     feed_forward="moe", feed_forward_arguments={"num_experts": 4, "top_k": 1},
+    ... )
+    >>> tuple(model(np.array([list(b"to be, or")])).shape)
+    (1, 9, 256)
+
+    Reference:
+        Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3;
+        Fedus et al. 2021, "Switch Transformers", section 2; Jiang et al. 2024, "Mixtral of
+        Experts", section 2.
+    """
+    _checks.positive_int("vocabulary_size", vocabulary_size)
+    sizes = _blocks.checked_sizes(width, depth, num_heads, mlp_dim)
+    dropout = _checks.rate("dropout", dropout)
+    make_mixture = _blocks.mixture_factory(
+        _MIXTURES,
+        feed_forward,
+        feed_forward_arguments,
+        {"hidden_dim": sizes["mlp_dim"], "activation": activation, "dropout": dropout},
+    )
+    blocks = _blocks.Blocks(
+        depth=depth,
+        num_heads=num_heads,
+        mlp_dim=sizes["mlp_dim"],
+        activation=activation,
+        dropout=dropout,
+        qk_norm=qk_norm,
+        is_causal=True,
+        make_mixture=None if make_mixture is None else _causal(make_mixture),
+        mixture_blocks=_blocks.checked_blocks(moe_layers, depth),
+    )
+    tokens = keras.Input((None,), dtype="int32", name="tokens")
+    x = layers.Embedding(
+        vocabulary_size,
+        width,
+        embeddings_initializer=keras.initializers.RandomNormal(stddev=0.02),  # GPT-2's code
+        name="token_embedding",
+    )(tokens)
+    x = PositionEmbedding(max_length=max_length, name="position_embedding")(x)
+    x = blocks(_blocks.drop(x, dropout, "embedding_dropout"))
+    x = _blocks.norm(x, "decoder_norm")
+    # Zeros: the first predictions are uniform. float32, as the head of `vit`.
+    head = layers.Dense(vocabulary_size, kernel_initializer="zeros", dtype="float32", name="head")
+    return keras.Model(tokens, head(x), name=name)
+
+
+def _causal(make: _blocks.MakeLayer) -> _blocks.MakeLayer:
+    """Checks what `make` returns: no token's route may depend on a later one."""
+
+    def make_causal(block: int) -> keras.layers.Layer:
+        layer = make(block)
+        reason = _looks_ahead(layer)
+        if reason is not None:
+            _checks.fail(f"`feed_forward` must be causal: {reason}.", layer=layer)
+        return layer
+
+    return make_causal
+
+
+def _looks_ahead(layer: keras.layers.Layer) -> str | None:
+    """Says in which way a mixture lets tokens depend on later ones, None where it does not."""
+    if isinstance(layer, SoftMoE) and not layer.causal:
+        return "the slots of `SoftMoE` mix all tokens, unless it has `causal=True`"
+    if not isinstance(layer, MoE):
+        return None
+    if layer.router.chooses_tokens:
+        return "where experts choose their tokens, a token's route depends on later ones"
+    if layer.routing_level == "example":
+        return '`routing_level="example"` routes by the mean of all tokens'
+    if isinstance(layer.router, SinkhornRouter):
+        return "`SinkhornRouter` balances over all tokens in training"
+    if isinstance(layer.router, BatchPriorityRouter) and layer.capacity_factor is not None:
+        return "`BatchPriorityRouter` gives slots to later tokens first"
+    return None
