@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from keras_moe.callbacks.health import Counts, amounts_of, dead_experts, health, shares_of
+from keras_moe.callbacks.layer_numbers import has_capacity, task_names
 
 _ENOUGH = 20  # counts per expert: with fewer, chance alone leaves experts out
 _LEAST_USED = 0.5  # of the experts
@@ -42,16 +43,19 @@ def alarms(layer: Any, counts: Counts) -> Iterator[Alarm]:
     num_experts = amounts.shape[-1]
     if not can_be_judged(amounts):
         return
-    has_capacity = getattr(layer, "capacity_factor", None) is not None
-    values = health(counts, has_capacity)
+    values = health(counts, has_capacity(layer))
     balances = "a larger `balance_weight`, or `router='sigmoid_bias'`"
     if dead := dead_experts(amounts):
         named = f"{dead[:8]}{' ...' * (len(dead) > 8)}"
+        remedies = ["fewer experts"]
+        if measure == "load":
+            remedies = [balances, "a lower learning rate", "or fewer experts"]
+        elif hasattr(layer, "num_tasks"):
+            remedies = ["`gate_dropout=0.1`", "or fewer experts"]
         yield Alarm(
             "dead",
             f"{len(dead)} of {num_experts} experts get less than 1 % of their share: {named}. Try "
-            + (f"{balances}, a lower learning rate" if measure == "load" else "`gate_dropout=0.1`")
-            + ", or fewer experts.",
+            f"{', '.join(remedies)}.",
         )
     elif measure == "load" and values["used_experts"] < _LEAST_USED * num_experts:
         yield Alarm(
@@ -80,7 +84,7 @@ def _polarised(layer: Any, amounts: Any) -> Iterator[Alarm]:
     if len(amounts) == 1:
         return
     shares = shares_of(amounts)
-    names = task_names(layer, len(amounts))
+    names = task_names(layer)
     found = [
         f"{names[task]!r} (expert {row.argmax()})"
         for task, row in enumerate(shares)
@@ -92,9 +96,3 @@ def _polarised(layer: Any, amounts: Any) -> Iterator[Alarm]:
             f"Gates that take one expert alone: {', '.join(found)}. Try `gate_dropout=0.1`, or a "
             "lower learning rate of the gates.",
         )
-
-
-def task_names(layer: Any, count: int) -> list[str]:
-    """What a layer's tasks are called; by number where they have no names."""
-    tasks = getattr(layer, "tasks", count)
-    return [str(task) for task in (range(count) if isinstance(tasks, int) else tasks)]

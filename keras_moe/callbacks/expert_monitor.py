@@ -11,7 +11,8 @@ import numpy as np
 from keras_moe import _checks
 from keras_moe._mixtures import mixture_layers, unique_names
 from keras_moe.callbacks.alarms import ExpertAlarm, alarms
-from keras_moe.callbacks.health import BY_DEFAULT, NAMES, Counts, difference, health
+from keras_moe.callbacks.health import BY_DEFAULT, NAMES, Counts, difference
+from keras_moe.callbacks.layer_numbers import layer_numbers
 from keras_moe.callbacks.writers import CsvWriter, JsonWriter, TensorBoardWriter, Writer
 
 
@@ -38,6 +39,13 @@ class ExpertMonitor(keras.callbacks.Callback):
     - `dead_experts`: how many experts get less than 1 % of their share.
     - `effective_experts`: exp(`entropy`), between how many experts the router wavers.
     - `confidence`: mean of the router's largest probability, for sparse layers.
+    - `combine_min`, `combine_max`: of `SoftMoE`, the combine weight of the least and the most used
+      slot over all tokens, over the mean slot's.
+    - `dispatch_min`, `dispatch_max`: of `SoftMoE`, the weight in all slots of the token that enters
+      them least and most, over the mean token's; the mean over the sequences.
+    - `slot_cosine`: of `SoftMoE`, the mean absolute cosine of two slots' vectors `phi`.
+    - `task_entropy`, `task_gates`: of `MMoE`, a number `{layer}/{task}/entropy` per task, and
+      `{layer}/{task}/expert_{e}` per gate weight, the mean over tokens or examples.
 
     At the end of an epoch a warning of category `ExpertAlarm` says what is wrong and what to try,
     once per layer and kind in a `fit`: dead experts, a collapse to few of them, a saturated router,
@@ -73,7 +81,8 @@ class ExpertMonitor(keras.callbacks.Callback):
 
     Reference:
         Wang et al. 2024, "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts",
-        equation 4 (max violation).
+        equation 4 (max violation). Puigcerver et al. 2023, "From Sparse to Soft Mixtures of
+        Experts", figure 24 (contributions of tokens and slots) and appendix I (cosines of slots).
     """
 
     def __init__(
@@ -150,8 +159,7 @@ class ExpertMonitor(keras.callbacks.Callback):
         return {
             f"{name}/{key}": value
             for name, layer, counts in new
-            for key, value in health(counts, _has_capacity(layer)).items()
-            if key in wanted
+            for key, value in layer_numbers(layer, counts, wanted).items()
         }
 
     def _read(self) -> list[Counts]:
@@ -174,10 +182,6 @@ def _metric_names(metrics: str | Sequence[str] | None) -> tuple[str, ...]:
         return BY_DEFAULT if metrics is None else NAMES
     names = (metrics,) if isinstance(metrics, str) else tuple(metrics)
     return tuple(_checks.one_of("metrics", name, NAMES) for name in names)
-
-
-def _has_capacity(layer: Any) -> bool:
-    return getattr(layer, "capacity_factor", None) is not None
 
 
 def _nothing() -> None:

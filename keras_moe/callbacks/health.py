@@ -14,13 +14,20 @@ NAMES = (
     "dead_experts",
     "effective_experts",
     "confidence",
+    "combine_min",
+    "combine_max",
+    "dispatch_min",
+    "dispatch_max",
+    "slot_cosine",
+    "task_entropy",
+    "task_gates",
 )
 _DEAD = 0.01  # of the mean: what an expert with less is called dead
 _TINY = 1e-12
 
 
 def health(counts: Counts, has_capacity: bool = False) -> dict[str, float]:
-    """The scalars of what a layer counted, those of `NAMES` that it has.
+    """The scalars of what a layer counted, those of `NAMES` that it has and that are one number.
 
     Args:
         counts: what `running_counts()` gives, or the difference of two of them.
@@ -44,7 +51,21 @@ def health(counts: Counts, has_capacity: bool = False) -> dict[str, float]:
         values["dropped"] = counts["dropped"] / max(float(counts["assignments"]), 1.0)
     if "confidence" in counts:
         values["confidence"] = counts["confidence"] / max(float(counts["decisions"]), 1.0)
+    if "slot_importance" in counts:
+        values |= _of_slots(counts)
     return {name: float(values[name]) for name in NAMES if name in values}
+
+
+def _of_slots(counts: Counts) -> dict[str, Any]:
+    """How unequally tokens use slots, and slots tokens; 1 is the mean."""
+    slots = np.asarray(counts["slot_importance"])
+    mean, sequences = max(slots.mean(), _TINY), max(float(counts["sequences"]), 1.0)
+    return {
+        "combine_min": slots.min() / mean,
+        "combine_max": slots.max() / mean,
+        "dispatch_min": counts["dispatch_min"] / sequences,
+        "dispatch_max": counts["dispatch_max"] / sequences,
+    }
 
 
 def amounts_of(counts: Counts) -> tuple[str, Any]:

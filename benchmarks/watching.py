@@ -1,0 +1,137 @@
+"""Measures what watching costs: running counts in a training step, and `ExpertMonitor` in `fit`.
+
+    python -m benchmarks.watching --backend jax
+
+A small Transformer block with a `MoE`. Two of its kind take turns in one process, one of which does
+not count, compiled as the other benchmarks compile ("gradient"). Then one model is trained by `fit`
+with and without an `ExpertMonitor()`, in turns. Reported is the ratio within a round, median and
+quartiles over rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from benchmarks import environment
+from benchmarks.contender import Contender
+from benchmarks.engines import BACKENDS, Engine
+from benchmarks.measure import timing
+from benchmarks.rows import GRADIENT
+from benchmarks.statistics import Summary, paired_ratio
+
+LIMIT = 1.02
+_WATCHED, _UNWATCHED = "watched", "not watched"
+
+
+class Sizes(NamedTuple):
+    """Sequences of `length` tokens, model width, experts and their hidden width, batches a fit."""
+
+    batch: int = 16
+    length: int = 64
+    width: int = 128
+    experts: int = 8
+    hidden: int = 512
+    batches: int = 32
+
+
+QUICK = Sizes(2, 4, 8, 2, 8, 2)
+
+
+def block(sizes: Sizes) -> Any:
+    """A pre-norm Transformer block, attention and `MoE`, as a model."""
+    import keras
+    from keras import layers
+
+    from keras_moe.layers import MoE
+
+    inputs = keras.Input((sizes.length, sizes.width))
+    normed = layers.LayerNormalization()(inputs)
+    x = inputs + layers.MultiHeadAttention(4, sizes.width // 4)(normed, normed)
+    outputs = x + MoE(sizes.experts, sizes.hidden, name="moe")(layers.LayerNormalization()(x))
+    return keras.Model(inputs, outputs)
+
+
+def without_counts(model: Any) -> Any:
+    """The model, whose `MoE` counts no more."""
+    model.get_layer("moe")._count = lambda *_: None
+    return model
+
+
+def counting(engine: Engine, sizes: Sizes, rounds: int) -> Summary:
+    """A compiled gradient with running counts over one without."""
+    shape = (sizes.batch, sizes.length, sizes.width)
+    inputs = np.random.default_rng(0).normal(size=shape).astype("float32")
+    models = {_WATCHED: block(sizes), _UNWATCHED: without_counts(block(sizes))}
+    steps = {
+        name: engine.step(model, Contender(name, lambda: None, inputs), GRADIENT)
+        for name, model in models.items()
+    }
+    return _ratio(steps, rounds)
+
+
+def monitoring(engine: Engine, sizes: Sizes, rounds: int, jit_compile: Any) -> Summary:
+    """An epoch of `fit` with an `ExpertMonitor()` over one without."""
+    del engine
+    from keras_moe.callbacks import ExpertMonitor
+
+    shape = (sizes.batch * sizes.batches, sizes.length, sizes.width)
+    x = np.random.default_rng(0).normal(size=shape).astype("float32")
+    model = block(sizes)
+    model.compile("adam", "mse", jit_compile=jit_compile)
+
+    def fit(*callbacks: Any) -> None:
+        model.fit(x, x, batch_size=sizes.batch, verbose=0, callbacks=list(callbacks))
+
+    return _ratio({_WATCHED: lambda: fit(ExpertMonitor(alarms=False)), _UNWATCHED: fit}, rounds)
+
+
+def _ratio(steps: dict[str, Any], rounds: int) -> Summary:
+    durations = {name: timing.warm_up(step) for name, step in steps.items()}
+    samples = timing.alternate(steps, durations, rounds, seconds=3600)
+    return paired_ratio(samples[_WATCHED], samples[_UNWATCHED])
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.watching",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--backend", choices=BACKENDS, default="jax", help="(default: jax)")
+    parser.add_argument("--rounds", type=int, default=60, help="of the step (default: 60)")
+    parser.add_argument("--fit-rounds", type=int, default=20, help="of the fit (default: 20)")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run?")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parsed = parse_arguments(arguments)
+    os.environ["KERAS_BACKEND"] = parsed.backend.partition("-")[0]
+    from benchmarks import engines  # which imports the backend
+
+    engine = engines.get(parsed.backend)
+    sizes = QUICK if parsed.quick else Sizes()
+    jit_compile = {"tensorflow-xla": True, "tensorflow": False}.get(parsed.backend, "auto")
+    results = {
+        "running counts": counting(engine, sizes, parsed.rounds),
+        "ExpertMonitor()": monitoring(engine, sizes, parsed.fit_rounds, jit_compile),
+    }
+    known = environment.describe(engine.device())
+    print(f"{parsed.backend}, {known['device']['name']}, load {known['device']['load_before']}")
+    print(f"{sizes}, commit {known['commit'].get('hash', 'unknown')[:10]}")
+    print("| what | with / without | quartiles | rounds | below 1.02 |\n|---|---|---|---|---|")
+    for name, found in results.items():
+        quartiles = f"{found.lower_quartile:.3f} to {found.upper_quartile:.3f}"
+        is_met = "yes" if found.median < LIMIT else "no"
+        print(f"| {name} | {found.median:.3f} | {quartiles} | {found.n} | {is_met} |")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

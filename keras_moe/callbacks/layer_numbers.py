@@ -1,0 +1,58 @@
+"""All numbers that are shown of a layer, under the names they are shown by."""
+
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+
+from keras_moe.callbacks.health import NAMES, Counts, health
+
+
+def layer_numbers(layer: Any, counts: Counts, wanted: Collection[str] = NAMES) -> dict[str, float]:
+    """The numbers of a layer, of what it counted and of its weights.
+
+    Args:
+        layer: a mixture layer.
+        counts: what its `running_counts()` gives, or the difference of two of them.
+        wanted: some of `NAMES`.
+
+    Returns:
+        Floats by name: one of each of `wanted` that the layer has, but "task_entropy" is a number
+        `{task}/entropy` per task, and "task_gates" a number `{task}/expert_{e}` per gate weight.
+    """
+    values = health(counts, has_capacity(layer))
+    values = {name: value for name, value in values.items() if name in wanted}
+    if "slot_cosine" in wanted and hasattr(layer, "slot_cosines"):
+        values |= _slot_cosine(layer.slot_cosines())
+    if hasattr(layer, "num_tasks"):
+        values |= _by_task(task_names(layer), counts, wanted)
+    return values
+
+
+def has_capacity(layer: Any) -> bool:
+    """Whether a layer can drop assignments."""
+    return getattr(layer, "capacity_factor", None) is not None
+
+
+def task_names(layer: Any) -> list[str]:
+    """What the tasks of a multi-gate layer are called; "task_0" and so on where it counts them."""
+    tasks = layer.tasks
+    return [f"task_{task}" for task in range(tasks)] if isinstance(tasks, int) else list(tasks)
+
+
+def _slot_cosine(cosines: Any) -> dict[str, float]:
+    """The mean over pairs of slots; of one slot, and where slots have no vectors, there is none."""
+    if cosines is None or len(cosines) == 1:
+        return {}
+    return {"slot_cosine": float(cosines[~np.eye(len(cosines), dtype=bool)].mean())}
+
+
+def _by_task(names: list[str], counts: Counts, wanted: Collection[str]) -> dict[str, float]:
+    decisions = max(float(counts["decisions"]), 1.0)
+    values = {}
+    for name, entropy, gate in zip(names, counts["entropy"], counts["importance"], strict=True):
+        if "task_entropy" in wanted:
+            values[f"{name}/entropy"] = float(entropy / decisions)
+        if "task_gates" in wanted:
+            values |= {f"{name}/expert_{e}": float(w / decisions) for e, w in enumerate(gate)}
+    return values
