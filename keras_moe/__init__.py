@@ -1,13 +1,16 @@
 """Mixture-of-Experts for Keras 3, on TensorFlow, JAX and PyTorch."""
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # All that registers a Keras class is imported here: saved models load after `import keras_moe`.
 from keras_moe import callbacks, dispatch, layers, models, routers
 from keras_moe.recording import record_routing
 from keras_moe.routing import GateRouting, Routing, SoftRouting
 from keras_moe.version import __version__
+
+if TYPE_CHECKING:
+    from keras_moe.reporting.report import report
 
 __all__ = [
     "GateRouting",
