@@ -21,8 +21,8 @@ Kill it at any time: the same command goes on where it was, and its numbers are 
 was never killed.
 
 What comes out, in `results/text`: a `.keras` file per model, of the first seed;
-`learning_curves.png`; `experts.png`, which expert each byte of a passage takes; `figures.json`, the
-numbers; `samples.txt`, what the models write; and `checkpoints`.
+`learning_curves.png`; `experts.png`, which of Switch's experts each byte of a passage takes;
+`figures.json`, the numbers; `samples.txt`, what the models write; and `checkpoints`.
 """
 
 from __future__ import annotations
@@ -314,7 +314,7 @@ def main(arguments: list[str] | None = None) -> int:
                 print("error: the reloaded model does not predict the same.", file=sys.stderr)
                 return 1
             samples[contestant.title] = sample(contestant, options)
-            if contestant.name == "top_2":
+            if contestant.name == "switch":
                 picture = draw_experts(contestant, text, options)
                 picture.savefig(options.out / "experts.png", dpi=110)
 
@@ -323,7 +323,7 @@ def main(arguments: list[str] | None = None) -> int:
         next(training_batches(text, options.batch_size, options.context, seed=0)),
     )
     results = show.as_record(contestants, runs, seconds)
-    show.figures(results)
+    show.figures(results, text)
     show.samples(samples, options.prompt)
     pictures.draw_learning_curves(contestants, runs, options).savefig(
         options.out / "learning_curves.png", dpi=110

@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from language.baselines import bits_of_pairs, bits_of_xz
+
 console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
 
 
@@ -72,8 +74,12 @@ def as_record(contestants: list, runs: dict, seconds: dict[str, list[float]]) ->
     }
 
 
-def figures(results: dict) -> None:
+def figures(results: dict, text) -> None:
     console.rule("Held-out text")
+    console.print(
+        f"For scale: a table of byte pairs costs {bits_of_pairs(text):.4f} bits per byte, xz after "
+        f"all of the training text {bits_of_xz(text):.4f}."
+    )
     table = Table(title="Bits per byte (lower is better): mean ± standard deviation over seeds")
     for column in (
         "model",

@@ -8,6 +8,7 @@ import keras
 from keras import layers
 
 from keras_moe import _checks
+from keras_moe.layers import MoE
 from keras_moe.models.qk_norm_attention import QKNormAttention
 from keras_moe.types import Activation, Config, Tensor
 
@@ -21,6 +22,8 @@ class Blocks:
     """The blocks of one Transformer, `blocks(x (batch, n, width)) -> (batch, n, width)`.
 
     for each block: x = x + attention(norm(x)); x = x + feed_forward(norm(x))
+
+    Called with the token ids, if x stands for tokens, for routers that read them.
 
     Args:
         depth: the number of blocks.
@@ -44,13 +47,14 @@ class Blocks:
     make_mixture: MakeLayer | None
     mixture_blocks: frozenset[int]
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, token_ids: Tensor | None = None) -> Tensor:
         for block in range(self.depth):
             prefix = f"block_{block}"
             y = norm(x, f"{prefix}_attention_norm")
             x = self._residual(x, self._attention(y, prefix), f"{prefix}_attention")
             y = norm(x, f"{prefix}_feed_forward_norm")
-            x = self._residual(x, self._feed_forward(y, block, prefix), f"{prefix}_feed_forward")
+            y = self._feed_forward(y, block, prefix, token_ids)
+            x = self._residual(x, y, f"{prefix}_feed_forward")
         return x
 
     def _residual(self, x: Tensor, y: Tensor, prefix: str) -> Tensor:
@@ -62,9 +66,9 @@ class Blocks:
         attention = make(self.num_heads, x.shape[-1] // self.num_heads, name=f"{prefix}_attention")
         return attention(x, x, use_causal_mask=self.is_causal)
 
-    def _feed_forward(self, x: Tensor, block: int, prefix: str) -> Tensor:
+    def _feed_forward(self, x: Tensor, block: int, prefix: str, token_ids: Tensor | None) -> Tensor:
         if self.make_mixture is not None and block in self.mixture_blocks:
-            return _checked_mixture(self.make_mixture(block), x)
+            return _checked_mixture(self.make_mixture(block), x, token_ids)
         width = x.shape[-1]
         x = layers.Dense(self.mlp_dim, self.activation, name=f"{prefix}_mlp_hidden")(x)
         x = drop(x, self.dropout, f"{prefix}_mlp_hidden_dropout")
@@ -161,11 +165,12 @@ def mixture_factory(
     return feed_forward
 
 
-def _checked_mixture(layer: Any, x: Tensor) -> Tensor:
+def _checked_mixture(layer: Any, x: Tensor, token_ids: Tensor | None) -> Tensor:
     """Calls a block's feed-forward and checks that the residual can be added to what it returns."""
     if not isinstance(layer, keras.layers.Layer):
         _checks.fail("`feed_forward` must return a Keras layer.", returned=layer)
-    y = layer(x)
+    reads_ids = token_ids is not None and isinstance(layer, MoE) and layer.router.needs_token_ids
+    y = layer(x, token_ids=token_ids) if reads_ids else layer(x)
     if getattr(y, "shape", None) != x.shape:
         _checks.fail(
             f"`feed_forward` must return a layer that keeps the shape {x.shape}.",

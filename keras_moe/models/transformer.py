@@ -10,7 +10,7 @@ from keras_moe import _checks
 from keras_moe.layers import MoE, SoftMoE, SwitchFFN
 from keras_moe.models import _blocks
 from keras_moe.models.position_embedding import PositionEmbedding
-from keras_moe.routers import BatchPriorityRouter, SinkhornRouter
+from keras_moe.routers import BatchPriorityRouter, NoTokenLeftRouter, SinkhornRouter
 from keras_moe.types import Activation
 
 _MIXTURES: dict[str, Callable[..., keras.layers.Layer]] = {"moe": MoE, "switch": SwitchFFN}
@@ -53,8 +53,8 @@ def decoder(
             unless `feed_forward_arguments` say otherwise; None for 4 `width`. Defaults to `None`.
         max_length: Positive integer, the longest sequence. Defaults to `1024`.
         feed_forward: `"dense"`, `"moe"`, `"switch"`, or a function that takes a block's index and
-            returns a new layer from `(batch, n, width)` to the same, which mixes no tokens.
-            Defaults to `"dense"`.
+            returns a new layer from `(batch, n, width)` to the same, which mixes no tokens; a `MoE`
+            whose router reads token ids gets them. Defaults to `"dense"`.
         feed_forward_arguments: Arguments of the `MoE` or `SwitchFFN` of that name, such as
             `{"num_experts": 8}`, which they need. With a `capacity_factor`, whether a token finds
             room depends on the tokens before it and on the batch; None, as `MoE` has it, drops
@@ -122,7 +122,7 @@ def decoder(
         name="token_embedding",
     )(tokens)
     x = PositionEmbedding(max_length=max_length, name="position_embedding")(x)
-    x = blocks(_blocks.drop(x, dropout, "embedding_dropout"))
+    x = blocks(_blocks.drop(x, dropout, "embedding_dropout"), tokens)
     x = _blocks.norm(x, "decoder_norm")
     # Zeros: the first predictions are uniform. float32, as the head of `vit`.
     head = layers.Dense(vocabulary_size, kernel_initializer="zeros", dtype="float32", name="head")
@@ -154,6 +154,8 @@ def _looks_ahead(layer: keras.layers.Layer) -> str | None:
         return '`routing_level="example"` routes by the mean of all tokens'
     if isinstance(layer.router, SinkhornRouter):
         return "`SinkhornRouter` balances over all tokens in training"
+    if isinstance(layer.router, NoTokenLeftRouter):
+        return "`NoTokenLeftRouter` sends a token where later ones leave room"
     if isinstance(layer.router, BatchPriorityRouter) and layer.capacity_factor is not None:
         return "`BatchPriorityRouter` gives slots to later tokens first"
     return None

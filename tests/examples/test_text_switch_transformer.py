@@ -1,5 +1,6 @@
 """The language example: a whole run, exact resume, a fair split, generation."""
 
+import dataclasses
 import json
 import math
 
@@ -11,6 +12,7 @@ import text_switch_transformer as example
 from common.seeds import verdict
 from keras import ops
 from language import data
+from language.baselines import bits_of_pairs, bits_of_xz
 from language.data import load_text, training_batches
 from language.generate import characters, generate
 
@@ -158,6 +160,13 @@ class TestData:
         held = [" ".join(p.split()) for p in held_out.split("\n\n")[1:]]
         assert len(held) > 100 and not paragraphs & set(held)
 
+    def test_baselines(self, file):
+        text = load_text(file, 12)
+        assert bits_of_xz(text) < 0.5 < bits_of_pairs(text) < 3  # the same sentence again and again
+        rng = np.random.default_rng(0).integers(0, 256, size=40_000).astype("uint8")
+        noise = dataclasses.replace(text, train=rng[:-8000], held_out=rng[-8000:])
+        assert 7.9 < bits_of_xz(noise) < 8.3 and bits_of_pairs(noise) > 7.9
+
     def test_held_out_windows_are_the_end(self, file):
         text = load_text(file, 12)
         assert bytes(text.train) + bytes(text.held_out) == file.read_bytes()
@@ -253,7 +262,9 @@ class TestGeneration:
         assert generate(Coin(), b"a", 5, context=4, temperature=0.0) == b"aaaaa"
 
     def test_characters_of_bytes(self):
-        assert characters(np.array(list("a\né".encode()))) == ["a", "\n", "�", "�"]
+        tokens = np.array(list("a\né€".encode()))
+        assert characters(tokens) == ["a", "\n", "é", "‥", "€", "‥", "‥"]
+        assert characters(tokens[None, :-1]) == ["a", "\n", "é", "‥", "�", "‥"]
 
 
 def test_verdicts_know_that_fewer_bits_are_better():

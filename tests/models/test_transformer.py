@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_moe import layers
+from keras_moe import layers, record_routing, routers
 from keras_moe.models import decoder
 from keras_moe.tuning import active_flops
 from tests.helpers import randomize_weights
@@ -116,6 +116,7 @@ LOOKING_AHEAD = [
     ({"routing_level": "example"}, "routes by the mean of all tokens"),
     ({"router": "sinkhorn"}, "balances over all tokens in training"),
     ({"router": "batch_priority", "capacity_factor": 1.0}, "gives slots to later tokens first"),
+    ({"router": "no_token_left"}, "sends a token where later ones leave room"),
 ]
 
 
@@ -168,6 +169,19 @@ def test_named_feed_forwards_take_arguments_over_defaults():
     ).get_layer("block_0_switch")
     assert (switch.hidden_dim, switch.dropout) == (7, 0.1)
     assert switch.activation is keras.activations.silu
+
+
+def test_routers_that_read_token_ids_get_them():
+    tables = [routers.TokenHashRouter(4, VOCABULARY, seed=seed) for seed in (0, 1)]
+    model = small(
+        feed_forward=lambda block: layers.MoE(4, 8, router=tables[block], name=f"{block}")
+    )
+    tokens = tokens_of(2, 7)
+    with record_routing(model) as records:
+        model(tokens)
+    for block, router in enumerate(tables):
+        table = ops.convert_to_numpy(router.table)
+        np.testing.assert_array_equal(records[f"{block}"][0].experts, table[tokens])
 
 
 def test_lengths_up_to_the_longest():
