@@ -1,5 +1,6 @@
 """Numbers that say how a layer's experts do, from what the layer has counted."""
 
+from collections.abc import Callable, Collection
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -26,45 +27,50 @@ _DEAD = 0.01  # of the mean: what an expert with less is called dead
 _TINY = 1e-12
 
 
-def health(counts: Counts, has_capacity: bool = False) -> dict[str, float]:
-    """The scalars of what a layer counted, those of `NAMES` that it has and that are one number.
+def health(
+    counts: Counts, has_capacity: bool = False, wanted: Collection[str] = NAMES
+) -> dict[str, float]:
+    """The scalars of what a layer counted, those of `wanted` that it has and that are one number.
 
     Args:
         counts: what `running_counts()` gives, or the difference of two of them.
         has_capacity: whether assignments can be dropped.
+        wanted: some of `NAMES`.
 
     Returns:
         Floats by name. Of `MMoE`, means over the tasks; its dead experts are those of every task.
     """
     measure, amounts = amounts_of(counts)
     mean = np.maximum(amounts.mean(axis=-1), _TINY)
-    entropy = np.asarray(counts["entropy"]) / max(float(counts["decisions"]), 1.0)
-    values = {
-        f"{measure}_cv": (amounts.std(axis=-1) / mean).mean(),
-        "entropy": entropy.mean(),
-        "max_violation": (amounts.max(axis=-1) / mean - 1.0).mean(),
-        "used_experts": used_experts(amounts).mean(),
-        "dead_experts": len(dead_experts(amounts)),
-        "effective_experts": np.exp(entropy).mean(),
+    decisions = max(float(counts["decisions"]), 1.0)
+    entropy = np.asarray(counts["entropy"]) / decisions
+    # Functions, since a look in a training loop wants three of them.
+    values: dict[str, Callable[[], Any]] = {
+        f"{measure}_cv": lambda: (amounts.std(axis=-1) / mean).mean(),
+        "entropy": lambda: entropy.mean(),
+        "max_violation": lambda: (amounts.max(axis=-1) / mean - 1.0).mean(),
+        "used_experts": lambda: used_experts(amounts).mean(),
+        "dead_experts": lambda: len(dead_experts(amounts)),
+        "effective_experts": lambda: np.exp(entropy).mean(),
     }
     if has_capacity:
-        values["dropped"] = counts["dropped"] / max(float(counts["assignments"]), 1.0)
+        values["dropped"] = lambda: counts["dropped"] / max(float(counts["assignments"]), 1.0)
     if "confidence" in counts:
-        values["confidence"] = counts["confidence"] / max(float(counts["decisions"]), 1.0)
+        values["confidence"] = lambda: counts["confidence"] / decisions
     if "slot_importance" in counts:
         values |= _of_slots(counts)
-    return {name: float(values[name]) for name in NAMES if name in values}
+    return {name: float(values[name]()) for name in NAMES if name in values and name in wanted}
 
 
-def _of_slots(counts: Counts) -> dict[str, Any]:
+def _of_slots(counts: Counts) -> dict[str, Callable[[], Any]]:
     """How unequally tokens use slots, and slots tokens; 1 is the mean."""
     slots = np.asarray(counts["slot_importance"])
     mean, sequences = max(slots.mean(), _TINY), max(float(counts["sequences"]), 1.0)
     return {
-        "combine_min": slots.min() / mean,
-        "combine_max": slots.max() / mean,
-        "dispatch_min": counts["dispatch_min"] / sequences,
-        "dispatch_max": counts["dispatch_max"] / sequences,
+        "combine_min": lambda: slots.min() / mean,
+        "combine_max": lambda: slots.max() / mean,
+        "dispatch_min": lambda: counts["dispatch_min"] / sequences,
+        "dispatch_max": lambda: counts["dispatch_max"] / sequences,
     }
 
 

@@ -20,8 +20,7 @@ def layer_numbers(layer: Any, counts: Counts, wanted: Collection[str] = NAMES) -
         Floats by name: one of each of `wanted` that the layer has, but "task_entropy" is a number
         `{task}/entropy` per task, and "task_gates" a number `{task}/expert_{e}` per gate weight.
     """
-    values = health(counts, has_capacity(layer))
-    values = {name: value for name, value in values.items() if name in wanted}
+    values = health(counts, has_capacity(layer), wanted)
     if "slot_cosine" in wanted and hasattr(layer, "slot_cosines"):
         values |= _slot_cosine(layer.slot_cosines())
     if hasattr(layer, "num_tasks"):

@@ -23,7 +23,12 @@ def test_the_one_counts_and_the_other_does_not():
 def test_it_runs_and_prints_its_table(capsys):
     assert watching.main(["--quick", "--rounds", "3", "--fit-rounds", "3"]) == 0
     shown = capsys.readouterr().out
-    for what in ("running counts", r"ExpertMonitor\(\)"):
+    for what in (
+        "running counts",
+        "a callback that does nothing",
+        r"ExpertMonitor\(\)",
+        r"ExpertMonitor\(every=1\)",
+    ):
         assert re.search(
             rf"\| {what} \| \d+\.\d+ \| \d+\.\d+ to \d+\.\d+ \| 3 \| (yes|no) \|", shown
         )

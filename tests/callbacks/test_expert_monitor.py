@@ -114,6 +114,9 @@ def test_every():
     x = np.random.default_rng(0).normal(size=(24, 6)).astype("float32")
     model.fit(x, x, batch_size=6, verbose=0, callbacks=[callbacks.ExpertMonitor(every=2), Spy()])
     assert seen == [False, True, True, True]
+    seen.clear()
+    model.fit(x, x, batch_size=2, verbose=0, callbacks=[callbacks.ExpertMonitor(), Spy()])
+    assert seen == [False] * 9 + [True] * 3  # a look costs: benchmarks/watching.py
 
 
 def test_nested_models_and_equal_names():
