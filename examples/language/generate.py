@@ -42,12 +42,12 @@ def generate(
 
 
 def characters(tokens: np.ndarray) -> list[str]:
-    """Return a text for each byte: the character of UTF-8 on its first byte, ‥ on the others."""
+    """Return a text for each byte: the character of UTF-8 on its first byte, … on the others."""
     data = np.asarray(tokens).reshape(-1).astype("uint8").tobytes()
     shown = []
     for place, byte in enumerate(data):
         length = 1 + sum(byte >= least for least in (0xC0, 0xE0, 0xF0))
         is_first = byte < 0x80 or byte >= 0xC0
         character = data[place : place + length].decode(errors="replace")[:1]
-        shown.append(character if is_first else "‥")
+        shown.append(character if is_first else "…")
     return shown
