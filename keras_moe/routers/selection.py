@@ -5,6 +5,7 @@ from keras import ops
 from keras_moe.types import Tensor
 
 _LOWEST = -3.4e38  # above -inf, which marks what was already taken
+_LEAST = 1e-20
 
 
 def select_top_k(scores: Tensor, top_k: int) -> Tensor:
@@ -50,7 +51,14 @@ def scaled_to_one(weights: Tensor) -> Tensor:
     A bound and not a constant added to the sum: with one, small weights would sum to less than 1
     and a router could lower its losses by lowering all of its scores (Megatron).
     """
-    return weights / ops.maximum(ops.sum(weights, axis=-1, keepdims=True), 1e-20)
+    if 0 in tuple(weights.shape):  # torch has no maximum of nothing
+        return weights
+    # First by the largest, which changes nothing: the gradient of a quotient divides by the square
+    # of the sum, and the square of 1e-20 is 0.
+    largest = ops.stop_gradient(ops.max(weights, axis=-1, keepdims=True))
+    weights = weights / ops.maximum(largest, _LEAST)
+    # The sum is at least 1 now, or below 0.5 where all underflow: gradients halve at a bound.
+    return weights / ops.maximum(ops.sum(weights, axis=-1, keepdims=True), 0.5)
 
 
 def spread(weights: Tensor, experts: Tensor, num_experts: int) -> Tensor:

@@ -10,6 +10,7 @@ from keras_moe._numerics import softmax
 from keras_moe._seeds import SavesSeed
 from keras_moe.constraints import per_expert
 from keras_moe.initializers import PerExpertInitializer
+from keras_moe.routers.selection import scaled_to_one
 from keras_moe.routing import GateRouting
 from keras_moe.types import Config, ConstraintLike, InitializerLike, RegularizerLike, Tensor
 
@@ -94,8 +95,7 @@ class SoftmaxGate(SavesSeed):
         draw = keras.random.uniform(ops.shape(weights), dtype="float32", seed=self.seed_generator)
         is_kept = draw >= self.dropout
         is_kept = ops.logical_or(is_kept, ops.logical_not(ops.any(is_kept, -1, keepdims=True)))
-        weights = ops.where(is_kept, weights, ops.zeros_like(weights))
-        return weights / ops.maximum(ops.sum(weights, axis=-1, keepdims=True), 1e-30)
+        return scaled_to_one(ops.where(is_kept, weights, ops.zeros_like(weights)))
 
     def compute_output_spec(self, inputs: Tensor, training: bool | None = None) -> GateRouting:
         shape = (tuple(inputs.shape)[-2], self.num_tasks, self.num_experts)

@@ -188,6 +188,20 @@ def test_losses_are_zero_and_finite_where_all_is_padding():
             assert float(value) == 0.0, (name, loss)
 
 
+@pytest.mark.parametrize("name", ["sigmoid_bias", "top_k"])
+def test_no_nan_gradient_where_all_sigmoid_scores_are_0(name):
+    """Far below 0 all underflow, and a quotient's gradient divides by the square of their sum."""
+    kind = {"sigmoid_bias": routers.SigmoidBiasRouter, "top_k": routers.TopKRouter}[name]
+    layer = layers.MoE(E, 8, router=kind(E, 2, score="sigmoid", balance_weight=1.0))
+    layer.build((None, D))
+    layer.router.kernel.assign(np.ones((D, E), "float32"))
+    call = helpers.Differentiable(layer)
+    for logit in (-10.0, -45.0, -50.0, -95.0, -1000.0):
+        x = np.full((8, D), logit / D, "float32")
+        _, _, gradients = call(x, np.ones_like(x))
+        assert all(np.isfinite(each).all() for each in gradients.values()), logit
+
+
 def test_no_nan_gradient_at_perfect_balance():
     """V-MoE's (std / mean)^2 has one (#218)."""
     for name in ("noisy_top_k", "batch_priority"):
