@@ -23,6 +23,10 @@ MEANINGS = {
     "dead_experts": "experts with less than 1 % of their share",
     "effective_experts": "exp(entropy): between how many experts the router wavers",
     "confidence": "mean of the router's largest probability",
+    "combine_min": "combine weight of the least used slot, over the mean slot's",
+    "combine_max": "combine weight of the most used slot, over the mean slot's",
+    "dispatch_min": "weight in all slots of the least dispatched token, over the mean token's",
+    "dispatch_max": "weight in all slots of the most dispatched token, over the mean token's",
 }
 
 

@@ -11,7 +11,7 @@ import pytest
 import keras_moe
 from keras_moe import callbacks, layers
 from keras_moe.callbacks.health import health
-from keras_moe.reporting.summary import UNJUDGED, all_parameters
+from keras_moe.reporting.summary import MEANINGS, UNJUDGED, all_parameters
 from keras_moe.tuning import active_parameters
 
 VOID = {"meta", "img"}
@@ -112,6 +112,8 @@ def test_a_page_with_all_families(tmp_path):
     assert all(not np.any(counts["decisions"]) for counts in counts_of(model).values())
     model(IMAGES, training=True)  # no dropout and no noise: the same decisions
     numbers, what = page.rows(2), page.rows(1)
+    columns = {column.replace(" ", "_") for column in numbers["tasks"]}
+    assert columns <= set(MEANINGS)  # each is explained below
     for name, counts in counts_of(model).items():
         expected = health(counts, has_capacity=name == EVIL)
         shown = {column.replace(" ", "_"): value for column, value in numbers[name].items()}
