@@ -10,7 +10,7 @@ TFRS := TF_USE_LEGACY_KERAS=1 KERAS_BACKEND=tensorflow
 PYTEST := $(BIN)/python -m pytest -n 2
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: demo vision text tune benchmarks benchmarks-table test lint docs test-jax test-tensorflow test-torch test-tfrs test-once constraints clean
+.PHONY: demo vision text tune benchmarks benchmarks-table router-table test lint docs test-jax test-tensorflow test-torch test-tfrs test-once constraints clean
 
 demo: $(VENV)/.demo
 	$(TFRS) $(BIN)/python examples/recommend_movies.py
@@ -33,6 +33,10 @@ benchmarks: $(BENCH)/.done
 
 benchmarks-table: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.table
+
+# Which checks every router passes on which backend, in docs/routers.md.
+router-table: $(VENV)/.dev
+	$(BIN)/python -m tests.router_checks
 
 test: lint docs test-jax test-tensorflow test-torch test-tfrs test-once
 

@@ -35,7 +35,7 @@ def records_of(model: Any, x: Any, batch_size: int, *kinds: tuple[str, ...]) -> 
             model(batch, training=False)
         for name, calls in records.items():
             for record in calls:
-                fields = next((kind for kind in kinds if set(kind) <= set(record._fields)), ())
+                fields = next((kind for kind in kinds if _has(record, kind)), ())
                 for field in fields:
                     found = parts.setdefault(name, {each: [] for each in fields})
                     found[field].append(getattr(record, field))
@@ -108,3 +108,7 @@ def used_by_example(record: dict[str, Any], num_experts: int) -> Any:
     else:
         used = np.nan_to_num(record["weights"])
     return used.reshape(len(used), -1, num_experts).sum(axis=1, dtype=np.float64)
+
+
+def _has(record: Any, fields: tuple[str, ...]) -> bool:
+    return all(hasattr(record, field) for field in fields)
