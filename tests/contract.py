@@ -82,7 +82,7 @@ def run(layer: keras.layers.Layer, x: np.ndarray, mask: Any = None, **arguments:
     return outputs
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4)  # what a check needs; programs of a whole run are gigabytes
 def _compiled(layer: keras.layers.Layer, arguments: tuple) -> Callable[..., Any]:
     import jax
 
