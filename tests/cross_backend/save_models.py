@@ -13,6 +13,10 @@ from inputs import ROWS_OF_IDS, inputs_of
 from keras_moe import layers, models, routers
 
 WIDTH = 6
+ROUTERS = (
+    *("noisy_top_k", "batch_priority", "no_token_left", "sinkhorn", "relu", "dselect_k"),
+    *("expert_choice", "hash", "random", "uniform"),
+)
 
 
 def mixtures():
@@ -25,10 +29,7 @@ def mixtures():
         "moe_example": layers.MoE(4, 8, routing_level="example"),
         "moe_template": layers.MoE(3, experts=keras.layers.Dense(WIDTH, activation="tanh")),
         "switch": layers.SwitchFFN(4, 8),
-        **{
-            f"moe_{name}": layers.MoE(5, 8, router=name)
-            for name in ("noisy_top_k", "sinkhorn", "relu", "dselect_k", "expert_choice", "hash")
-        },
+        **{f"moe_{name}": layers.MoE(5, 8, router=name) for name in ROUTERS},
         "moe_sigmoid_bias": layers.MoE(
             6,
             8,
@@ -36,16 +37,18 @@ def mixtures():
                 6, 2, num_groups=3, top_groups=2, bias_update_rate=0.1, routed_scale=2.5
             ),
         ),
+        "moe_token_hash": layers.MoE(5, 8, router=routers.TokenHashRouter(5, ROWS_OF_IDS, 2)),
         "soft": layers.SoftMoE(4, 8, slots_per_expert=2),
         "soft_glu": layers.SoftMoE(4, 8, experts="glu"),
         "mmoe": layers.MMoE(4, [8, WIDTH], tasks=["a", "b"], gate_dropout=0.1),
     }
 
 
-def model_of(layer):
+def model_of(name, layer):
     inputs = keras.Input((None,), dtype="int32")
     embedded = keras.layers.Embedding(ROWS_OF_IDS, WIDTH, mask_zero=True)(inputs)
-    mixed = keras.tree.flatten(layer(embedded))
+    more = {"token_ids": inputs} if "token_hash" in name else {}
+    mixed = keras.tree.flatten(layer(embedded, **more))
     outputs = keras.layers.Add()(mixed) if len(mixed) > 1 else mixed[0]
     pooled = keras.layers.GlobalAveragePooling1D()(outputs)
     return keras.Model(inputs, keras.layers.Dense(3)(pooled))
@@ -82,7 +85,7 @@ def ready_made():
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     rng = np.random.default_rng(0)
-    for name, model in ({n: model_of(m) for n, m in mixtures().items()} | ready_made()).items():
+    for name, model in ({n: model_of(n, m) for n, m in mixtures().items()} | ready_made()).items():
         inputs = inputs_of(model, examples=12, seed=0)
         targets = keras.tree.map_structure(
             lambda output: rng.normal(size=(12, output.shape[-1])), model.output
