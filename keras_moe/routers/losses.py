@@ -80,6 +80,8 @@ def sequence_balance_loss(
     Reference:
         DeepSeek-AI 2024, "DeepSeek-V3", equations 17 to 20, where alpha is 1e-4.
     """
+    if probabilities.shape[0] == 0:  # torch has no sums of no segments
+        return ops.zeros((), dtype="float32")
     num_experts, count = probabilities.shape[-1], ops.shape(probabilities)[0]
     length = ops.maximum(count // ops.maximum(num_sequences, 1), 1)
     sequence = ops.arange(count, dtype="int32") // ops.cast(length, "int32")
