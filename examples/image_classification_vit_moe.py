@@ -208,7 +208,7 @@ def train(contestant: Contestant, seed: int, images: Images, options: argparse.N
         options,
         fresh=lambda: build(contestant.name, images, options, seed).trainer,
         batches=lambda step: training_batches(images, options.batch_size, seed, step),
-        begins=lambda done: show.training_begins(contestant.title, seed, done, options.epochs),
+        title=contestant.title,
         validation={
             "validation_data": as_floats(images.validation),
             "validation_batch_size": EVALUATION_BATCH,

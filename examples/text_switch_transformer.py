@@ -257,7 +257,7 @@ def train(contestant: Contestant, seed: int, text: Text, options: argparse.Names
         batches=lambda step: training_batches(
             text, options.batch_size, options.context, seed, step
         ),
-        begins=lambda done: show.training_begins(contestant.title, seed, done, options.epochs),
+        title=contestant.title,
         validation={
             "validation_data": text.windows(options.context),
             "validation_batch_size": EVALUATION_BATCH,

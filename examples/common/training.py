@@ -11,6 +11,7 @@ from typing import Any
 
 import keras
 
+from common.console import console
 from common.resume import Checkpoint, History, load_checkpoint, set_state, state_of
 from keras_moe.callbacks import ExpertMonitor
 
@@ -40,7 +41,7 @@ def fit_or_resume(
     *,
     fresh: Callable[[], keras.Model],
     batches: Callable[[int], Iterator[Any]],
-    begins: Callable[[int], None],
+    title: str,
     validation: Mapping[str, Any],
 ) -> History:
     """Train a compiled model from its last checkpoint, if it has one, to the last epoch.
@@ -52,7 +53,7 @@ def fit_or_resume(
         options: With `epochs` and `steps_per_epoch`.
         fresh: Builds the model anew, whose state a run without a checkpoint starts from.
         batches: Takes the first step's number and yields the training batches from there.
-        begins: Called with the epochs that are done.
+        title: What the model is called where the beginning is announced.
         validation: The arguments of `fit` that say how to validate.
 
     Returns:
@@ -64,7 +65,8 @@ def fit_or_resume(
     else:
         set_state(trainer, state_of(fresh()))
     done = len(history.get("loss", ()))
-    begins(done)
+    state = f", {done} of {options.epochs} epochs are done" if done else ""
+    console.rule(f"{title}, seed {seed}{state}")
     if done < options.epochs:
         trainer.fit(
             batches(done * options.steps_per_epoch),

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import platform
-import sys
 
 import keras
 import numpy as np
+from common.console import console
 from common.seeds import mean_and_spread, verdict
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from language.baselines import bits_of_pairs, bits_of_xz
-
-console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
 
 
 def introduction(text, options, contestants: list) -> None:
@@ -39,11 +36,6 @@ def introduction(text, options, contestants: list) -> None:
             f"{contestant.flops / contestants[0].flops:.4f}",
         )
     console.print(table)
-
-
-def training_begins(title: str, seed: int, done: int, epochs: int) -> None:
-    state = f", {done} of {epochs} epochs are done" if done else ""
-    console.rule(f"{title}, seed {seed}{state}")
 
 
 def reloaded(file, difference: float) -> None:

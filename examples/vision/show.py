@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-
 import keras
 import numpy as np
+from common.console import console
 from common.seeds import mean_and_spread, verdict
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 TITLES = {"soft_moe": "Soft MoE", "moe": "MoE, top 2 of 8", "switch": "Switch, 1 of 8"}
-console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
 
 
 def note(sentence: str) -> None:
@@ -42,11 +39,6 @@ def introduction(images, options, contestants: list) -> None:
             f"{contestant.flops / contestants[0].flops:.4f}",
         )
     console.print(table)
-
-
-def training_begins(title: str, seed: int, done: int, epochs: int) -> None:
-    state = f", {done} of {epochs} epochs are done" if done else ""
-    console.rule(f"{title}, seed {seed}{state}")
 
 
 def reloaded(file, difference: float) -> None:

@@ -23,7 +23,7 @@ class BlocksCarrier(Carrier):
     Of a bank such as `ExpertMLP` each expert walks over its own rows, which lie right behind the
     last expert's. Under XLA, which wants static shapes, in blocks of static sizes, at most E times
     (smallest block - 1) rows more than there are; elsewhere on exactly its rows. The backward pass
-    is a walk too; it needs what the layers' activations were applied to, and the rows.
+    is a walk too; it needs what the layers' activations were applied to, and the tokens.
 
     Other experts, Keras layers, get whole blocks of B rows, each of one expert: at most
     k N + E (B - 1) rows, and the backward pass is automatic.

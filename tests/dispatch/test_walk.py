@@ -35,13 +35,13 @@ def silu_slope(x):
     return s * (1 + x * (1 - s))
 
 
-def walk(rows, ends, stages, total):
-    """The backend's walk, gathering and combining between identities."""
+def walk(rows, ends, stages, total, weights=None):
+    """The backend's walk, gathering between identities, with weights `(total, 1)` or with ones."""
     module = backend.current()
     everything = np.arange(rows.shape[0], dtype="int32")
     assignment = np.where(everything < total, everything, total)
     slots = Slots(*map(ops.convert_to_tensor, (assignment, everything[:total])))
-    weights = ops.ones((total, 1), dtype="float32")
+    weights = ops.ones((total, 1), dtype="float32") if weights is None else weights
     outputs = module.carry(rows[:total], weights, slots, ends, stages)
     return ops.pad(outputs, ((0, rows.shape[0] - total), (0, 0)))
 
@@ -114,7 +114,7 @@ class Problem:
                     by_biases[which][expert] = by_sum.sum(0)
         return outputs, gradients
 
-    def found(self, run):
+    def found(self, run, compiled=lambda function: function):
         """The same of `run(rows, ends, stages, total)`, in float32."""
         ends = ops.convert_to_tensor(self.ends.astype("int32"))
         live = np.arange(self.total + self.padding)[:, None] < self.ends[-1]
@@ -128,12 +128,13 @@ class Problem:
             return ops.sum(outputs_of(tensors) * direction)
 
         tensors = [ops.convert_to_tensor(tensor.astype("float32")) for tensor in self.tensors]
-        outputs = ops.convert_to_numpy(outputs_of(tensors))
-        return outputs, [ops.convert_to_numpy(g) for g in gradients_of(objective, tensors)]
+        outputs = ops.convert_to_numpy(compiled(outputs_of)(tensors))
+        gradients = compiled(lambda tensors: gradients_of(objective, tensors))(tensors)
+        return outputs, [ops.convert_to_numpy(g) for g in gradients]
 
-    def check(self, run):
+    def check(self, run, compiled=lambda function: function):
         outputs, gradients = self.expected()
-        found, found_gradients = self.found(run)
+        found, found_gradients = self.found(run, compiled)
         assert_close(found, outputs)
         owned = self.ends[-1]
         for got, wanted in zip(found_gradients, gradients, strict=True):
@@ -175,6 +176,67 @@ def test_values_and_gradients(loads, gated, biased, scaled):
     Problem(loads, gated, biased, scaled).check(walk)
 
 
+@pytest.fixture
+def under_xla(monkeypatch):
+    """TensorFlow's compiler of XLA, for which the walk is another one and wants spare rows."""
+    import tensorflow as tf
+
+    monkeypatch.setattr(backend.current(), "_is_under_xla", lambda: True)
+    return lambda function: tf.function(function, jit_compile=True)
+
+
+@pytest.mark.skipif(NAME != "tensorflow", reason="JAX has no other walk, PyTorch no XLA")
+@pytest.mark.parametrize("loads", LOADS.values(), ids=LOADS.keys())
+@pytest.mark.parametrize(
+    ("gated", "biased", "scaled"), [(False, True, False), (True, True, True), (True, False, False)]
+)
+def test_values_and_gradients_under_xla(loads, gated, biased, scaled, under_xla):
+    Problem(loads, gated, biased, scaled).check(walk, under_xla)
+
+
+def check_weights(loads, gated, compiled=lambda function: function):
+    problem = Problem(loads, gated, True, False)
+    weights = np.random.default_rng(1).uniform(0.5, 2.0, size=(problem.total, 1))
+    outputs, _ = problem.expected()
+    by_weight = np.sum(outputs * problem.direction, axis=-1)[: problem.total, None]
+    direction, spare = problem.direction, np.ones((problem.padding, 1))
+    problem.direction = direction * np.concatenate([weights, spare])  # all is linear in both
+    _, wanted = problem.expected()
+    live = np.arange(problem.total + problem.padding)[:, None] < problem.ends[-1]
+    ends = ops.convert_to_tensor(problem.ends.astype("int32"))
+
+    def objective(tensors):
+        rows, stages = problem.stages(tensors[1:])
+        given = ops.where(live, walk(rows, ends, stages, problem.total, tensors[0]), 0)
+        return ops.sum(given * ops.convert_to_tensor(direction.astype("float32")))
+
+    tensors = [ops.convert_to_tensor(a.astype("float32")) for a in (weights, *problem.tensors)]
+    found = compiled(lambda tensors: gradients_of(objective, tensors))(tensors)
+    owned = problem.ends[-1]
+    for got, right in zip(found, [by_weight, *wanted], strict=True):
+        is_by_row = len(right) in (problem.total, problem.total + problem.padding)
+        got = ops.convert_to_numpy(got)
+        assert_close(*((got[:owned], right[:owned]) if is_by_row else (got, right)))
+
+
+@pytest.mark.parametrize("loads", ["ragged", "blocks_of_every_size"])
+@pytest.mark.parametrize("gated", [False, True])
+def test_gradients_of_weights(loads, gated):
+    check_weights(LOADS[loads], gated)
+
+
+@pytest.mark.skipif(NAME != "tensorflow", reason="JAX has no other walk, PyTorch no XLA")
+@pytest.mark.parametrize("loads", ["ragged", "blocks_of_every_size"])
+@pytest.mark.parametrize("gated", [False, True])
+def test_gradients_of_weights_under_xla(loads, gated, under_xla):
+    check_weights(LOADS[loads], gated, under_xla)
+
+
+@pytest.mark.skipif(NAME != "tensorflow", reason="JAX has no other walk, PyTorch no XLA")
+def test_what_is_not_finite_stays_with_its_expert_under_xla(under_xla):
+    check_finite_elsewhere(under_xla)
+
+
 @pytest.mark.skipif(NAME == "tensorflow", reason="TensorFlow has no grouped matmul")
 @pytest.mark.parametrize("loads", ["few", "ragged", "one_takes_all"])
 def test_the_native_way(loads):
@@ -182,9 +244,13 @@ def test_the_native_way(loads):
 
 
 def test_what_is_not_finite_stays_with_its_expert():
+    check_finite_elsewhere()
+
+
+def check_finite_elsewhere(compiled=lambda function: function):
     problem = Problem([5, 40, 3], False, True, False)
     problem.tensors[0][6] = np.nan  # a row of the second expert
-    _, gradients = problem.found(walk)
+    _, gradients = problem.found(walk, compiled)
     for by_expert in gradients[1:]:
         assert np.isfinite(by_expert[[0, 2]]).all()
     assert not np.isfinite(gradients[1][1]).all()

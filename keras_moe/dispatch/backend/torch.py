@@ -303,7 +303,7 @@ def is_on_cpu(tensor: Tensor) -> bool:
 def may_have_grouped_matmul() -> bool:
     """Whether a probe of `grouped_matmul` is worth its time on this device.
 
-    On a CPU it is a loop over experts, which `walk` does without a pass for the biases.
+    On a CPU it is a loop over experts, which `carry` does without a pass for the biases.
     """
     return torch.cuda.is_available() and hasattr(torch.nn.functional, "grouped_mm")
 
