@@ -55,6 +55,12 @@ CORE_TESTS := tests/callbacks tests/dispatch tests/layers tests/models tests/ora
 	tests/plots tests/reporting tests/routers tests/tuning tests/examples/test_image_classification.py \
 	tests/examples/test_text_switch_transformer.py tests/examples/test_tune_moe.py
 
+# Most of a test's time goes into compiling small programs. So LLVM does not optimise them, XLA still does, and JAX
+# takes those that it knows from a run before. `test-once` compiles as users do.
+test-jax test-tensorflow: export XLA_FLAGS ?= --xla_backend_optimization_level=0
+test-jax: export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax_cache
+test-jax: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
+
 test-jax test-tensorflow test-torch: test-%: $(VENV)/.dev
 	KERAS_BACKEND=$* $(PYTEST) $(CORE_TESTS)
 
@@ -95,4 +101,4 @@ constraints: $(VENV)/.dev
 	 | grep -v '^pip==' | sed 's/+cpu$$//') > constraints.txt
 
 clean:
-	rm -rf $(VENV) $(BENCH) build dist site results
+	rm -rf $(VENV) $(BENCH) build dist site results .jax_cache

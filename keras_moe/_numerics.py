@@ -30,9 +30,9 @@ def entropy(logits: Tensor) -> Tensor:
     return -ops.sum(ops.exp(log_p) * log_p, axis=-1)
 
 
-def entropy_of(p: Tensor, axis: int | tuple[int, ...] = -1) -> Tensor:
-    """Entropy in nats of probabilities, 0 log 0 being 0."""
-    return -ops.sum(p * ops.log(ops.maximum(p, 1e-30)), axis=axis)
+def entropy_of(p: Tensor) -> Tensor:
+    """Entropy in nats of probabilities over the last axis, 0 log 0 being 0."""
+    return -ops.sum(p * ops.log(ops.maximum(p, 1e-30)), axis=-1)
 
 
 def slots_per_expert(slots_per_token: float, count: int | Tensor) -> int | Tensor:

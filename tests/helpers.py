@@ -93,10 +93,7 @@ class Differentiable:
             return self._objective(result, losses, cotangents), (result, losses)
 
         if self._on_jax is None:
-            self._on_jax = jax.jit(
-                jax.grad(scalar, has_aux=True),
-                compiler_options={"xla_backend_optimization_level": 0},  # half the compile time
-            )
+            self._on_jax = jax.jit(jax.grad(scalar, has_aux=True))
         trainable = [v.value for v in self._layer.trainable_variables]
         state = [v.value for v in self._layer.non_trainable_variables]
         (dx, dweights), (result, losses) = self._on_jax(
@@ -179,9 +176,7 @@ class Callable:
             )
 
         if self._on_jax is None:
-            self._on_jax = jax.jit(
-                stateless, compiler_options={"xla_backend_optimization_level": 0}
-            )
+            self._on_jax = jax.jit(stateless)
         result, state, losses = self._on_jax(
             [v.value for v in self._layer.trainable_variables],
             [v.value for v in self._layer.non_trainable_variables],

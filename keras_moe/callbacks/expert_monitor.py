@@ -30,7 +30,7 @@ class ExpertMonitor(keras.callbacks.Callback):
     - `{layer}/dropped`: share of assignments dropped for lack of capacity; only for layers that
       have a capacity.
     - `{layer}/entropy`: mean entropy of the router in nats, between 0 and log(E); for `SoftMoE`
-      over its slots, for `MMoE` the mean over tasks.
+      of a token's combine weights per expert, for `MMoE` the mean over tasks.
 
     On request, in `metrics`, and always in files:
 

@@ -37,7 +37,7 @@ class SoftCounts:
         if 0 in tuple(routing.combine.shape):  # torch has no minimum of nothing
             return
         combine = routing.combine
-        entropy = _numerics.entropy_of(combine, axis=(-2, -1))
+        entropy = _numerics.entropy_of(ops.sum(combine, axis=-1))  # of experts, not of slots
         # A token that is not finite has no entropy: it is left out.
         is_counted = ops.isfinite(entropy)
         if mask is not None:

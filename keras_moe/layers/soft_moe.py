@@ -233,7 +233,7 @@ class SoftMoE(ExpertFeedForward):
         Returns:
             A dict of float64 arrays, padding excluded: `importance (E,)` and `slot_importance (E,
             P)`, the tokens' combine weight per expert and per slot; `decisions`, the tokens;
-            `entropy`, the sum over them of the entropy of their combine weights over all slots, in
+            `entropy`, the sum over them of the entropy of their combine weights per expert, in
             nats; `sequences`; `dispatch_min` and `dispatch_max`, the sums over them of the least
             and the most dispatched token's weight in all slots, over the mean token's. Of a causal
             layer every real token ends a sequence of its own.

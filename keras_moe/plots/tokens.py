@@ -48,8 +48,9 @@ def token_experts(
 
     Args:
         model: A built model with a `MoE`, `SwitchFFN` or `SoftMoE` layer.
-        tokens: Its inputs for one sequence, `(1, T)` or `(1, T, d)`, or a dict of such arrays.
-        texts: T strings, the pieces of text that the tokens stand for. Spaces and line ends are
+        tokens: Its inputs for one sequence, `(1, T)` or `(1, T, d)`, or a dict of such arrays; of
+            several windows of a text, `(B, T)`, each is routed on its own and all are shown.
+        texts: B T strings, the pieces of text that the tokens stand for. Spaces and line ends are
             shown as an editor does.
         layer: Name of the layer; None where there is one only. Defaults to `None`.
         choices: Positive integer, how many experts of a token are shown; no more than it takes.

@@ -54,7 +54,8 @@ def test_soft_counts_against_numpy(causal, masked, scale):
     combine = ops.convert_to_numpy(routing.combine).astype("float64")[mask]
     np.testing.assert_allclose(counts["slot_importance"], combine.sum(axis=0), rtol=1e-5)
     np.testing.assert_allclose(counts["importance"], combine.sum(axis=(0, 2)), rtol=1e-5)
-    entropy = -(combine * np.log(combine)).sum()
+    of_experts = combine.sum(axis=-1)
+    entropy = -(of_experts * np.log(of_experts)).sum()
     np.testing.assert_allclose(counts["entropy"], entropy, rtol=1e-5)
     ranges = ranges_by_hand(routing, mask, causal)
     assert counts["decisions"] == mask.sum()
@@ -63,6 +64,8 @@ def test_soft_counts_against_numpy(causal, masked, scale):
     np.testing.assert_allclose(counts["dispatch_max"], ranges[:, 1].sum(), rtol=1e-5)
 
     values = health(counts)
+    assert values["effective_experts"] == pytest.approx(np.exp(entropy / mask.sum()), rel=1e-5)
+    assert values["effective_experts"] <= 3 + 1e-5
     slots = combine.sum(axis=0)
     assert values["combine_min"] == pytest.approx(slots.min() / slots.mean(), rel=1e-5)
     assert values["combine_max"] == pytest.approx(slots.max() / slots.mean(), rel=1e-5)
