@@ -17,8 +17,7 @@ from typing import Any
 import tensorflow as tf
 
 from keras_moe.dispatch.backend.tensorflow import blocks, ranges
-from keras_moe.dispatch.backend.tensorflow.stages import Experts, Rows, Static, wide
-from keras_moe.dispatch.permute import rows_by_choice, slots_by_choice
+from keras_moe.dispatch.backend.tensorflow.stages import Experts, Rows, Static
 from keras_moe.dispatch.plan import Slots
 from keras_moe.dispatch.stages import Stage
 from keras_moe.types import Tensor
@@ -61,31 +60,21 @@ def carry(
     count = tf.shape(weights)[0]
     assignment = tf.minimum(slots.assignment, count * top_k - 1)  # of an empty slot, some
     token_of = assignment % tf.maximum(count, 1)
-    source, is_kept = slots_by_choice(slots, top_k)
 
     @tf.custom_gradient
     def apply(tokens: Tensor, weights: Tensor, *flat: Tensor) -> Any:
         packed = tf.nest.pack_sequence_as(experts, flat)
-        outputs, sums = walk.forward(static, Rows(tokens, token_of), ends, packed)
-        of_choice = tf.unstack(tf.cast(weights, wide(tokens.dtype)), axis=-1)
-        chosen = rows_by_choice(outputs, source, is_kept)
-        result = sum(each * weight[:, None] for each, weight in zip(chosen, of_choice, strict=True))
+        rows = Rows(tokens, token_of)
+        weight_of = tf.gather(tf.reshape(tf.transpose(weights), [-1]), assignment)[:, None]
+        result, sums = walk.forward(static, rows, ends, packed, slots, weights, weight_of)
 
         def gradient(cotangent: Tensor) -> list[Tensor]:
-            weight_of = tf.gather(tf.reshape(tf.transpose(weights), [-1]), assignment)
+            upstream = Rows(cotangent, token_of)
             by_slot, slope, by_experts = walk.backward(
-                static,
-                Rows(tokens, token_of),
-                ends,
-                packed,
-                sums,
-                Rows(cotangent, token_of),
-                weight_of[:, None],
+                static, rows, ends, packed, sums, upstream, weight_of
             )
-            by_tokens = sum(rows_by_choice(by_slot, source, is_kept))
-            by_weights = tf.stack(
-                [each[:, 0] for each in rows_by_choice(slope, source, is_kept)], axis=-1
-            )
+            by_tokens = sum(walk.by_choice(by_slot, slots, top_k))
+            by_weights = tf.concat(walk.by_choice(slope, slots, top_k), axis=-1)
             return [
                 tf.cast(by_tokens, tokens.dtype),
                 tf.cast(by_weights, weights.dtype),

@@ -27,6 +27,8 @@ from keras_moe.dispatch.backend.tensorflow.stages import (
     starts_of,
     wide,
 )
+from keras_moe.dispatch.permute import rows_by_choice, slots_by_choice
+from keras_moe.dispatch.plan import Slots
 from keras_moe.types import Tensor
 
 
@@ -47,15 +49,27 @@ def block_sizes(total: int | Tensor | None, num_experts: int) -> tuple[int, ...]
     return (32, 8) if mean >= 8 else (8,)
 
 
-def forward(static: Static, rows: Rows, ends: Tensor, experts: Experts) -> tuple[Tensor, Any]:
-    """Returns the slots' outputs, and what `backward` needs to remember.
+def forward(
+    static: Static,
+    rows: Rows,
+    ends: Tensor,
+    experts: Experts,
+    slots: Slots,
+    weights: Tensor,
+    weight_of: Tensor,
+) -> tuple[Tensor, Any]:
+    """Returns each token's weighted sum, and what `backward` needs to remember.
 
     Layer by layer, since XLA runs what is elementwise on all processors outside of loops only.
     Besides, what only a backward pass needs is never dropped from a loop within a loop.
     """
+    del weight_of
     outputs, sums = apply(static, experts, rows, partial(_linear, static.block_sizes, ends))
+    of_choice = tf.unstack(tf.cast(weights, wide(rows.dtype)), axis=-1)
+    chosen = by_choice(outputs, slots, len(of_choice))
+    result = sum(each * weight[:, None] for each, weight in zip(chosen, of_choice, strict=True))
     # A tape around a compiled function would look for the loops' own gradients, and there are none.
-    return outputs, tf.nest.map_structure(tf.stop_gradient, sums)
+    return result, tf.nest.map_structure(tf.stop_gradient, sums)
 
 
 def backward(
@@ -70,6 +84,14 @@ def backward(
     """The gradients of the slots' rows, of their weights, and of the experts."""
     backward_of_layer = partial(_linear_backward, static.block_sizes, ends)
     return apply_backward(static, experts, rows, sums, upstream, weight_of, backward_of_layer)
+
+
+def by_choice(rows: Tensor, slots: Slots, top_k: int) -> list[Tensor]:
+    """The rows of every first choice, every second one and so on, in `wide`; 0 where none is kept.
+
+    Past the last expert's rows its last block has written something: hence a `where`.
+    """
+    return rows_by_choice(rows, *slots_by_choice(slots, top_k))
 
 
 def _linear(

@@ -20,27 +20,42 @@ from keras_moe.dispatch.backend.tensorflow.stages import (
     starts_of,
     wide,
 )
+from keras_moe.dispatch.plan import Slots
 from keras_moe.types import Tensor
 
 
-def forward(static: Static, rows: Rows, ends: Tensor, experts: Experts) -> tuple[Tensor, Any]:
-    """Returns the slots' outputs, and what `backward` needs to remember."""
+def forward(
+    static: Static,
+    rows: Rows,
+    ends: Tensor,
+    experts: Experts,
+    slots: Slots,
+    weights: Tensor,
+    weight_of: Tensor,
+) -> tuple[Tensor, Any]:
+    """Returns each token's weighted sum, and what `backward` needs to remember.
+
+    An expert's outputs are weighted while they are in the cache.
+    """
     starts, num_experts = starts_of(ends), experts.kernels[0][0].shape[0]
+    dtype = wide(rows.dtype)
 
     def body(index: Tensor, carry: Any) -> Any:
         own = slice(starts[index], ends[index])
         hidden, sums = apply(static, _expert(experts, index, own), rows[own], linear)
-        return tf.nest.map_structure(partial(_put, index), carry, (hidden, sums))
+        weighted = tf.cast(hidden, dtype) * tf.cast(weight_of[own], dtype)
+        return tf.nest.map_structure(partial(_put, index), carry, (weighted, sums))
 
     def pieces(kernel: Tensor) -> tf.TensorArray:
         return _pieces(rows.dtype, num_experts, kernel.shape[-1])
 
     remembered = experts.kernels[: num_remembered(static, experts)]
-    carry = (pieces(experts.kernels[-1][0]), tf.nest.map_structure(pieces, list(remembered)))
+    outputs = _pieces(dtype, num_experts, experts.kernels[-1][0].shape[-1])
+    carry = (outputs, tf.nest.map_structure(pieces, list(remembered)))
     outputs, sums = over_indices(num_experts, body, carry)
     # Joined, since a SavedModel cannot keep a gradient that captures a `TensorArray`.
     sums = tf.nest.map_structure(lambda each: _joined(each, rows, ends), sums)
-    return _joined(outputs, rows, ends), sums
+    return sum(by_choice(_joined(outputs, rows, ends), slots, weights.shape[-1])), sums
 
 
 def backward(
@@ -90,6 +105,16 @@ def backward(
         lambda each: _joined(each, rows, ends), (by_row, slope, scales)
     )
     return by_row, slope, Experts(kernels, biases, scales)
+
+
+def by_choice(rows: Tensor, slots: Slots, top_k: int) -> list[Tensor]:
+    """The rows of every first choice, every second one and so on, in `wide`.
+
+    An assignment without an expert finds its zero in the last slot, which then has none either.
+    """
+    rows = tf.cast(rows, wide(rows.dtype))
+    slot_of = tf.reshape(tf.minimum(slots.slot_of, tf.shape(rows)[0] - 1), [top_k, -1])
+    return [tf.gather(rows, chosen) for chosen in tf.unstack(slot_of)]
 
 
 def _expert(experts: Experts, index: Tensor, own: slice) -> Experts:
