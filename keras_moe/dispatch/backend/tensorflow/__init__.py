@@ -17,7 +17,7 @@ from typing import Any
 import tensorflow as tf
 
 from keras_moe.dispatch.backend.tensorflow import blocks, ranges
-from keras_moe.dispatch.backend.tensorflow.stages import Experts, Rows, Static
+from keras_moe.dispatch.backend.tensorflow.stages import Experts, Route, Static
 from keras_moe.dispatch.plan import Slots
 from keras_moe.dispatch.stages import Stage
 from keras_moe.types import Tensor
@@ -64,17 +64,14 @@ def carry(
     @tf.custom_gradient
     def apply(tokens: Tensor, weights: Tensor, *flat: Tensor) -> Any:
         packed = tf.nest.pack_sequence_as(experts, flat)
-        rows = Rows(tokens, token_of)
         weight_of = tf.gather(tf.reshape(tf.transpose(weights), [-1]), assignment)[:, None]
-        result, sums = walk.forward(static, rows, ends, packed, slots, weights, weight_of)
+        route = Route(slots, token_of, ends, weights, weight_of)
+        result, sums = walk.forward(static, tokens, route, packed)
 
         def gradient(cotangent: Tensor) -> list[Tensor]:
-            upstream = Rows(cotangent, token_of)
-            by_slot, slope, by_experts = walk.backward(
-                static, rows, ends, packed, sums, upstream, weight_of
+            by_tokens, by_weights, by_experts = walk.backward(
+                static, tokens, route, packed, sums, cotangent
             )
-            by_tokens = sum(walk.by_choice(by_slot, slots, top_k))
-            by_weights = tf.concat(walk.by_choice(slope, slots, top_k), axis=-1)
             return [
                 tf.cast(by_tokens, tokens.dtype),
                 tf.cast(by_weights, weights.dtype),

@@ -17,6 +17,7 @@ from tensorflow.compiler.tf2xla.python import xla
 
 from keras_moe.dispatch.backend.tensorflow.stages import (
     Experts,
+    Route,
     Rows,
     Static,
     apply,
@@ -28,7 +29,6 @@ from keras_moe.dispatch.backend.tensorflow.stages import (
     wide,
 )
 from keras_moe.dispatch.permute import rows_by_choice, slots_by_choice
-from keras_moe.dispatch.plan import Slots
 from keras_moe.types import Tensor
 
 
@@ -49,24 +49,16 @@ def block_sizes(total: int | Tensor | None, num_experts: int) -> tuple[int, ...]
     return (32, 8) if mean >= 8 else (8,)
 
 
-def forward(
-    static: Static,
-    rows: Rows,
-    ends: Tensor,
-    experts: Experts,
-    slots: Slots,
-    weights: Tensor,
-    weight_of: Tensor,
-) -> tuple[Tensor, Any]:
+def forward(static: Static, tokens: Tensor, route: Route, experts: Experts) -> tuple[Tensor, Any]:
     """Returns each token's weighted sum, and what `backward` needs to remember.
 
     Layer by layer, since XLA runs what is elementwise on all processors outside of loops only.
     Besides, what only a backward pass needs is never dropped from a loop within a loop.
     """
-    del weight_of
-    outputs, sums = apply(static, experts, rows, partial(_linear, static.block_sizes, ends))
-    of_choice = tf.unstack(tf.cast(weights, wide(rows.dtype)), axis=-1)
-    chosen = by_choice(outputs, slots, len(of_choice))
+    rows = Rows(tokens, route.token_of)
+    outputs, sums = apply(static, experts, rows, partial(_linear, static.block_sizes, route.ends))
+    of_choice = tf.unstack(tf.cast(route.weights, wide(rows.dtype)), axis=-1)
+    chosen = _by_choice(outputs, route)
     result = sum(each * weight[:, None] for each, weight in zip(chosen, of_choice, strict=True))
     # A tape around a compiled function would look for the loops' own gradients, and there are none.
     return result, tf.nest.map_structure(tf.stop_gradient, sums)
@@ -74,24 +66,32 @@ def forward(
 
 def backward(
     static: Static,
-    rows: Rows,
-    ends: Tensor,
+    tokens: Tensor,
+    route: Route,
     experts: Experts,
     sums: Any,
-    upstream: Rows,
-    weight_of: Tensor,
+    cotangent: Tensor,
 ) -> tuple[Tensor, Tensor, Experts]:
-    """The gradients of the slots' rows, of their weights, and of the experts."""
-    backward_of_layer = partial(_linear_backward, static.block_sizes, ends)
-    return apply_backward(static, experts, rows, sums, upstream, weight_of, backward_of_layer)
+    """The gradients of the tokens, of the assignments' weights, and of the experts."""
+    by_slot, slope, by_experts = apply_backward(
+        static,
+        experts,
+        Rows(tokens, route.token_of),
+        sums,
+        Rows(cotangent, route.token_of),
+        route.weight_of,
+        partial(_linear_backward, static.block_sizes, route.ends),
+    )
+    by_weights = tf.concat(_by_choice(slope, route), axis=-1)
+    return sum(_by_choice(by_slot, route)), by_weights, by_experts
 
 
-def by_choice(rows: Tensor, slots: Slots, top_k: int) -> list[Tensor]:
+def _by_choice(rows: Tensor, route: Route) -> list[Tensor]:
     """The rows of every first choice, every second one and so on, in `wide`; 0 where none is kept.
 
-    Past the last expert's rows its last block has written something: hence a `where`.
+    In empty slots the last block has written something.
     """
-    return rows_by_choice(rows, *slots_by_choice(slots, top_k))
+    return rows_by_choice(rows, *slots_by_choice(route.slots, route.top_k))
 
 
 def _linear(

@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from keras_moe.dispatch.backend.tensorflow.stages import (
     Experts,
+    Route,
     Rows,
     Static,
     apply,
@@ -20,30 +21,21 @@ from keras_moe.dispatch.backend.tensorflow.stages import (
     starts_of,
     wide,
 )
-from keras_moe.dispatch.plan import Slots
 from keras_moe.types import Tensor
 
 
-def forward(
-    static: Static,
-    rows: Rows,
-    ends: Tensor,
-    experts: Experts,
-    slots: Slots,
-    weights: Tensor,
-    weight_of: Tensor,
-) -> tuple[Tensor, Any]:
+def forward(static: Static, tokens: Tensor, route: Route, experts: Experts) -> tuple[Tensor, Any]:
     """Returns each token's weighted sum, and what `backward` needs to remember.
 
     An expert's outputs are weighted while they are in the cache.
     """
-    starts, num_experts = starts_of(ends), experts.kernels[0][0].shape[0]
-    dtype = wide(rows.dtype)
+    rows, num_experts = Rows(tokens, route.token_of), experts.kernels[0][0].shape[0]
+    starts, dtype = starts_of(route.ends), wide(tokens.dtype)
 
     def body(index: Tensor, carry: Any) -> Any:
-        own = slice(starts[index], ends[index])
+        own = slice(starts[index], route.ends[index])
         hidden, sums = apply(static, _expert(experts, index, own), rows[own], linear)
-        weighted = tf.cast(hidden, dtype) * tf.cast(weight_of[own], dtype)
+        weighted = tf.cast(hidden, dtype) * tf.cast(route.weight_of[own], dtype)
         return tf.nest.map_structure(partial(_put, index), carry, (weighted, sums))
 
     def pieces(kernel: Tensor) -> tf.TensorArray:
@@ -54,24 +46,24 @@ def forward(
     carry = (outputs, tf.nest.map_structure(pieces, list(remembered)))
     outputs, sums = over_indices(num_experts, body, carry)
     # Joined, since a SavedModel cannot keep a gradient that captures a `TensorArray`.
-    sums = tf.nest.map_structure(lambda each: _joined(each, rows, ends), sums)
-    return sum(by_choice(_joined(outputs, rows, ends), slots, weights.shape[-1])), sums
+    sums = tf.nest.map_structure(lambda each: _joined(each, route), sums)
+    return _summed(_joined(outputs, route), route), sums
 
 
 def backward(
     static: Static,
-    rows: Rows,
-    ends: Tensor,
+    tokens: Tensor,
+    route: Route,
     experts: Experts,
     sums: Any,
-    upstream: Rows,
-    weight_of: Tensor,
+    cotangent: Tensor,
 ) -> tuple[Tensor, Tensor, Experts]:
-    """The gradients of the slots' rows, of their weights, and of the experts."""
-    starts, num_experts = starts_of(ends), experts.kernels[0][0].shape[0]
+    """The gradients of the tokens, of the assignments' weights, and of the experts."""
+    rows, upstream = Rows(tokens, route.token_of), Rows(cotangent, route.token_of)
+    starts, num_experts = starts_of(route.ends), experts.kernels[0][0].shape[0]
 
     def body(index: Tensor, carry: Any) -> Any:
-        own = slice(starts[index], ends[index])
+        own = slice(starts[index], route.ends[index])
         before = tf.nest.map_structure(lambda all_: all_[own], sums)
         by_row, slope, by_expert = apply_backward(
             static,
@@ -79,7 +71,7 @@ def backward(
             rows[own],
             before,
             upstream[own],
-            weight_of[own],
+            route.weight_of[own],
             linear_backward,
         )
         weights = tf.nest.map_structure(
@@ -102,19 +94,30 @@ def backward(
     by_row, slope, weights, scales = over_indices(num_experts, body, carry)
     kernels, biases = tf.nest.map_structure(lambda each: each.stack(), weights)
     by_row, slope, scales = tf.nest.map_structure(
-        lambda each: _joined(each, rows, ends), (by_row, slope, scales)
+        lambda each: _joined(each, route), (by_row, slope, scales)
     )
-    return by_row, slope, Experts(kernels, biases, scales)
+    by_weights = tf.gather(slope[:, 0], tf.transpose(_slot_of(route)))
+    return _summed(by_row, route), by_weights, Experts(kernels, biases, scales)
 
 
-def by_choice(rows: Tensor, slots: Slots, top_k: int) -> list[Tensor]:
-    """The rows of every first choice, every second one and so on, in `wide`.
+def _slot_of(route: Route) -> Tensor:
+    """The slot of each choice of each token, `(k, N)`.
 
     An assignment without an expert finds its zero in the last slot, which then has none either.
     """
+    last = tf.shape(route.token_of)[0] - 1
+    return tf.reshape(tf.minimum(route.slots.slot_of, last), [route.top_k, -1])
+
+
+def _summed(rows: Tensor, route: Route) -> Tensor:
+    """The sum over each token's slots, in `wide`."""
+    first, *others = tf.unstack(_slot_of(route))
     rows = tf.cast(rows, wide(rows.dtype))
-    slot_of = tf.reshape(tf.minimum(slots.slot_of, tf.shape(rows)[0] - 1), [top_k, -1])
-    return [tf.gather(rows, chosen) for chosen in tf.unstack(slot_of)]
+    total = tf.gather(rows, first)
+    for chosen in others:
+        with tf.control_dependencies([total]):  # at once, they would be all rows once more
+            total += tf.gather(rows, chosen)
+    return total
 
 
 def _expert(experts: Experts, index: Tensor, own: slice) -> Experts:
@@ -137,8 +140,8 @@ def _put(index: Tensor, pieces: tf.TensorArray, new: Tensor) -> tf.TensorArray:
     return pieces.write(index, new)
 
 
-def _joined(pieces: tf.TensorArray, rows: Rows, ends: Tensor) -> Tensor:
+def _joined(pieces: tf.TensorArray, route: Route) -> Tensor:
     """The experts' pieces, and zeros for the rows of none."""
-    shape = [tf.shape(rows.token_of)[0] - ends[-1], pieces.element_shape[-1]]
+    shape = [tf.shape(route.token_of)[0] - route.ends[-1], pieces.element_shape[-1]]
     joined = pieces.write(pieces.size() - 1, tf.zeros(shape, pieces.dtype)).concat()
-    return tf.ensure_shape(joined, [rows.shape[0], pieces.element_shape[-1]])
+    return tf.ensure_shape(joined, [route.token_of.shape[0], pieces.element_shape[-1]])

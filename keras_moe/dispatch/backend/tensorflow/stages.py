@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
+from keras_moe.dispatch.plan import Slots
 from keras_moe.types import Tensor
 
 
@@ -29,6 +30,29 @@ class Experts(NamedTuple):
     kernels: tuple[tuple[Tensor, ...], ...]
     biases: tuple[tuple[Tensor, ...], ...]
     scales: tuple[tuple[Tensor, ...], ...]
+
+
+class Route(NamedTuple):
+    """Who goes where.
+
+    Attributes:
+        slots: the assignments in their slots, S of them, by expert.
+        token_of: int32 `(S,)`, the token in each slot; of an empty one, some.
+        ends: int32 `(E,)`, where each expert's slots end.
+        weights: `(N, k)`, the weight of each assignment.
+        weight_of: `(S, 1)`, the weight of that in each slot; of an empty one, some.
+    """
+
+    slots: Slots
+    token_of: Tensor
+    ends: Tensor
+    weights: Tensor
+    weight_of: Tensor
+
+    @property
+    def top_k(self) -> int:
+        """Experts per token."""
+        return int(self.weights.shape[-1])
 
 
 @dataclasses.dataclass(frozen=True)
