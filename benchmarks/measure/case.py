@@ -16,6 +16,7 @@ from benchmarks.rows import Row
 from benchmarks.statistics import Summary, paired_ratio, summarize
 
 _COMPILE_REPEATS = 3
+_MEMORY_REPEATS = 9  # TensorFlow's threads hold more or less at once: a third more in some steps
 _SHARE_OF_MEMORY = 0.6  # a contender that is known to need more is left out
 
 Samples = dict[str, list[float | None]]
@@ -90,15 +91,16 @@ def _times(row: Row, layers: Layers, engine: Engine, which: str, options: Option
 
 
 def _memory(row: Row, layers: Layers, engine: Engine, which: str, options: Options) -> Samples:
-    samples: Samples = {}
+    samples: Samples = {name: [] for name in layers.contenders}
 
     def take(name: str, contender: Contender, layer: Any) -> None:
         size = engine.memory(layer, contender, which)
         if size is None:
             size = memory.measure_in_child(row.name, contender, which, options)
-        samples[name] = [float(size)]
+        samples[name].append(float(size))
 
-    layers.each(which, take)
+    for _ in range(min(options.repeats, _MEMORY_REPEATS)):
+        layers.each(which, take)
     return samples
 
 
