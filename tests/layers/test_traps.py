@@ -541,6 +541,23 @@ def test_int8_quantisation_leaves_the_router_alone():
     assert np.isfinite(outputs).all()
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_int8_quantisation_says_that_it_skips_a_bank():
+    """KerasHub's experts stay as they are, and nobody hears of it."""
+    inputs = keras.Input((D,))
+    layer = layers.MoE(3, 5, name="moe")
+    model = keras.Model(inputs, layer(keras.layers.Dense(D)(inputs)))
+    with pytest.warns(UserWarning) as caught:
+        model.quantize("int8")
+    said = [str(warning.message) for warning in caught]
+    assert any("ExpertMLP" in message and "quantize" in message for message in said)
+    dtypes = {
+        helpers.path_of(layer, variable): keras.backend.standardize_dtype(variable.dtype)
+        for variable in layer.trainable_variables
+    }
+    assert set(dtypes.values()) == {"float32"}, dtypes
+
+
 # === Tests that can fail ===
 
 
