@@ -53,21 +53,28 @@ def between_marks(readme: str, table: str) -> str:
 
 
 def render(records: Sequence[dict[str, Any]]) -> str:
-    """The text for the README: per machine, conditions, targets and, if any, peers."""
+    """The text for the README: per machine, targets and, if any, peers, and what was run."""
     machines = newest(records)
     if not machines:
         return "No results are stored yet: `python -m benchmarks.run` makes them."
     parts = []
     for machine, latest in machines.items():
-        parts.append(_conditions(machine, latest))
-        for block in (_targets(latest), _others(latest)):
+        parts.append(_headline(machine, latest))
+        for block in (_targets(latest), _others(latest), _runs(latest)):
             if block:
                 parts.append(block)
     return "\n\n".join(parts)
 
 
-def _conditions(machine: Machine, latest: Latest) -> str:
-    lines = [f"**{machine.device}, {machine.cores} cores, {machine.dtype}.**"]
+def _headline(machine: Machine, latest: Latest) -> str:
+    dates = sorted(run["date"][:10] for runs in latest.runs.values() for run in runs)
+    when = " to ".join(dict.fromkeys([dates[0], dates[-1]]))
+    return f"**{machine.device}, {machine.cores} cores, {machine.dtype}, {when}.**"
+
+
+def _runs(latest: Latest) -> str:
+    """The commands that measured the rows, with versions and commits."""
+    lines = []
     for backend in latest.backends:
         for run in latest.runs[backend]:
             versions = run["versions"]
@@ -78,10 +85,10 @@ def _conditions(machine: Machine, latest: Latest) -> str:
             commit = run.get("commit", {})
             state = ", with changes" if commit.get("dirty") else ""
             lines.append(
-                f"{BACKEND_NAMES[backend]}: {run['date'][:10]}, commit "
+                f"- {BACKEND_NAMES[backend]}: {run['date'][:10]}, commit "
                 f"{commit.get('hash', 'unknown')[:10]}{state}, {listed}, `{run['command']}`."
             )
-    return "  \n".join(lines)
+    return _folded("What was run", "\n".join(lines))
 
 
 def _targets(latest: Latest) -> str:
@@ -125,8 +132,7 @@ def _others(latest: Latest) -> str:
         "Other carriers, and other libraries' layers on the same work: forward / forward+backward. "
         "Gated layers are compared with a gated dense one; `keras_moe glu` is ours made alike."
     )
-    summary = "<details><summary>Peers and carriers</summary>"
-    return "\n\n".join([summary, lead, _markdown(header, body), "</details>"])
+    return _folded("Peers and carriers", lead, _markdown(header, body))
 
 
 def _order(latest: Latest, row: Row, wanted: Any, *fields: str) -> list[tuple[str, ...]]:
@@ -168,6 +174,10 @@ def _cell(line: dict[str, Any] | None) -> str:
 
 def _names(latest: Latest) -> list[str]:
     return [BACKEND_NAMES[backend] for backend in latest.backends]
+
+
+def _folded(summary: str, *blocks: str) -> str:
+    return "\n\n".join([f"<details><summary>{summary}</summary>", *blocks, "</details>"])
 
 
 def _markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:

@@ -12,8 +12,7 @@ FIXTURE = json.loads((Path(__file__).parent / "results_fixture.json").read_text(
 README = f"# Title\n\nBefore.\n\n{table.BEGIN}\nold\n{table.END}\n\nAfter.\n"
 
 EXPECTED = """\
-**Some CPU, 2 cores, float32.**  
-JAX: 2026-01-31, commit 0123456789, keras 3.15.1, jax 0.10.2, `python -m benchmarks.run`.
+**Some CPU, 2 cores, float32, 2026-01-31.**
 
 | what | T, d, h, E, k | pass | target | JAX |
 | --- | --- | --- | --- | --- |
@@ -21,7 +20,13 @@ JAX: 2026-01-31, commit 0123456789, keras 3.15.1, jax 0.10.2, `python -m benchma
 | MoE, dropless, N/E >= 512 / dense FFN | 8192, 256, 1024, 8, 2 | fwd+bwd | 1.15 | **1.38** (+20 %) |
 | MMoE / loop of Dense | 4096, 128, 256, 8, 4 | fwd | 0.5 | 0.40 |
 | MMoE / matmul chain | 4096, 128, 256, 8, 4 | fwd | 1.15 | 1.10 |
-"""  # noqa: E501, W291
+"""  # noqa: E501
+
+RUNS = """<details><summary>What was run</summary>
+
+- JAX: 2026-01-31, commit 0123456789, keras 3.15.1, jax 0.10.2, `python -m benchmarks.run`.
+
+</details>"""
 
 PEER = (
     "| KerasHub Mixtral | dense glu | MoE, dropless, N/E >= 512 | 8192, 256, 1024, 8, 2 "
@@ -39,6 +44,7 @@ def test_the_text():
     text = table.render([FIXTURE])
     assert text.startswith(EXPECTED)
     assert text.count("\n| KerasHub") == 1 and PEER in text
+    assert text.endswith(RUNS)
 
 
 def test_the_newest_result_of_a_row_counts():
@@ -50,6 +56,7 @@ def test_the_newest_result_of_a_row_counts():
     assert "| fwd | 1.1 | 1.01 |" in text
     assert "| MMoE / loop of Dense |" in text  # of the older run, whose date is shown too
     assert "JAX: 2026-01-31" in text and "JAX: 2026-02-01" in text
+    assert text.startswith("**Some CPU, 2 cores, float32, 2026-01-31 to 2026-02-01.**")
 
 
 def test_quick_results_and_failures_are_not_shown():
