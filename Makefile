@@ -70,7 +70,8 @@ test-tfrs: $(VENV)/.dev
 
 # What does not depend on the backend, or starts a process per backend itself.
 test-once: $(VENV)/.dev
-	KERAS_BACKEND=jax $(PYTEST) tests/benchmarks tests/cross_backend tests/docs tests/packaging
+	KERAS_BACKEND=jax $(PYTEST) tests/benchmarks tests/cross_backend tests/distribution tests/docs \
+		tests/packaging
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
