@@ -23,8 +23,9 @@ class CapacityCarrier(Carrier):
     """Gives every expert C slots per group, first choices first: E C rows whatever the routing.
 
     Costs capacity_factor times the chosen experts' FLOPs. An assignment past the C-th of its expert
-    is dropped and adds exactly 0 to its token. On a CPU, where many slots would stay empty, each
-    expert of a bank walks over the rows it keeps instead, as `BlocksCarrier` does.
+    is dropped and adds exactly 0 to its token. On a CPU, where many slots would stay empty or a
+    batched matmul is slow, each expert of a bank walks over the rows it keeps instead, as
+    `BlocksCarrier` does.
     """
 
     name = "capacity"
@@ -64,7 +65,8 @@ class CapacityCarrier(Carrier):
         if module is None or not takes_groups(experts) or not module.is_on_cpu(tokens):
             return False
         assigned = ops.shape(routing.experts)[0] * routing.experts.shape[-1]
-        return walk_beats_slots(assigned, num_slots)
+        weights = experts.count_params()
+        return walk_beats_slots(assigned, num_slots, experts.num_experts, weights)
 
 
 def kept_by_priority(

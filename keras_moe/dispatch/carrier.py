@@ -23,6 +23,9 @@ class ExpertBank(Protocol):
     num_experts: int
     takes_dynamic_blocks: bool
 
+    def count_params(self) -> int:
+        """How many weights all experts have together, as Keras layers tell."""
+
     def __call__(
         self,
         inputs: Tensor,

@@ -75,7 +75,18 @@ def test_an_accelerator_takes_slots(monkeypatch, taken):
 
 def test_by_hand(monkeypatch):
     monkeypatch.setitem(costs._WALK_FROM, keras.backend.backend(), 1.5)
-    assert not costs.walk_beats_slots(100, 149)
-    assert costs.walk_beats_slots(100, 150)
+    monkeypatch.setitem(costs._LARGE, keras.backend.backend(), 1000.0)
+    assert not costs.walk_beats_slots(100, 149, num_experts=4, weights=4)
+    assert costs.walk_beats_slots(100, 150, num_experts=4, weights=4)
+    assert not costs.walk_beats_slots(100, 100, num_experts=4, weights=159)  # 25 rows, 39.75 each
+    assert costs.walk_beats_slots(100, 100, num_experts=4, weights=160)
+    assert not costs.walk_beats_slots(100, 50, num_experts=4, weights=160)  # half are dropped
     unknown = ops.shape(ops.ones((3,)))[0] + ops.ones((), dtype="int32")
-    assert not costs.walk_beats_slots(unknown, unknown)
+    assert not costs.walk_beats_slots(unknown, unknown, num_experts=4, weights=10**9)
+
+
+def test_large_experts_walk_on_jax(taken):
+    """64 rows for each of 8 experts of 2 x 1024 x 1024 weights: 1.3e8 multiply-adds."""
+    layer = layers.MoE(8, 1024, capacity_factor=1.0)
+    layer(ops.ones((256, 1024)))
+    assert bool(taken) == (keras.backend.backend() in ("jax", "torch"))
