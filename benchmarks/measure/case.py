@@ -47,7 +47,9 @@ class Layers:
 
     def fail(self, name: str, which: str, error: Exception) -> None:
         """Notes that a contender has no result in a pass."""
-        self.failures.append({"contender": name, "pass": which, "message": first_line(error)})
+        failure = {"contender": name, "pass": which, "message": first_line(error)}
+        if failure not in self.failures:  # what is repeated fails again
+            self.failures.append(failure)
 
 
 def first_line(error: BaseException) -> str:
@@ -101,6 +103,8 @@ def _memory(row: Row, layers: Layers, engine: Engine, which: str, options: Optio
 
     for _ in range(min(options.repeats, _MEMORY_REPEATS)):
         layers.each(which, take)
+        if all(len(sizes) > 1 and sizes[-1] == sizes[-2] for sizes in samples.values()):
+            break  # what a compiler reserves is the same each time
     return samples
 
 

@@ -63,7 +63,9 @@ def finished(folder, file):
 
 class TestWholeRun:
     def test_writes_everything(self, finished):
-        assert all((finished / name).stat().st_size > 100 for name in OUTPUTS)
+        for name in OUTPUTS:
+            least = 100 if name == "samples.txt" else 300  # the samples are cut short here
+            assert (finished / name).stat().st_size > least, name
         figures = json.loads((finished / "figures.json").read_text())
         assert list(figures) == list(example.KINDS)
         for name, model in figures.items():
