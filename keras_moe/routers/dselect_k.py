@@ -29,9 +29,9 @@ class DSelectKRouter(Router):
     training has driven all S to 0 or 1, exactly k experts (or fewer, where selectors agree) are
     left. z and alpha are linear in the token, or with `static` the same for all tokens.
 
-    The entropy loss, the mean over tokens of the selectors' summed entropies, drives them there.
-    Where E is no power of 2, codes past E stand for no expert; "unused" keeps selectors off them:
-    the mean of sum_j 1 / sum_{e < E} r_{j,e}.
+    The entropy loss, the mean over tokens of -sum_j sum_e r_{j,e} ln r_{j,e}, drives them there.
+    Where E is no power of 2, codes past E stand for no expert and enter neither weights nor
+    entropy; "unused" keeps selectors off them: the mean of sum_j 1 / sum_e r_{j,e}.
 
     Shapes are static, so all experts are computed, at their weights.
 
@@ -108,16 +108,14 @@ class DSelectKRouter(Router):
         self, inputs: Tensor, mask: Tensor | None = None, training: bool | None = None
     ) -> Routing:
         inputs = self._jittered(inputs) if training else inputs
-        shares = self._shares(self._of_tokens(inputs, self.codes))  # (N, k, 2^m)
+        shares = self._shares(self._of_tokens(inputs, self.codes))  # (N, k, E)
         importance = softmax(self._of_tokens(inputs, self.alpha))
-        mixed = ops.sum(shares * ops.expand_dims(importance, -1), axis=1)
-        weights = mixed[:, : self.num_experts]
+        weights = ops.sum(shares * ops.expand_dims(importance, -1), axis=1)
         is_used = ops.logical_not(weights <= 0)  # so that a NaN is seen
         logits = ops.log(ops.where(is_used, weights, _TINY))
         logs = ops.log(ops.where(shares > 0, shares, 1.0))  # 0 log 0 is 0, with gradient 0
         entropy = -ops.sum(shares * logs, axis=(1, 2))
-        valid = ops.sum(shares[:, :, : self.num_experts], axis=-1)
-        unused = ops.sum(1.0 / ops.maximum(valid, 1e-6), axis=-1)
+        unused = ops.sum(1.0 / ops.maximum(ops.sum(shares, axis=-1), 1e-6), axis=-1)
         count = token_count(inputs, mask)
         return self.record(
             all_experts(weights),
@@ -140,9 +138,9 @@ class DSelectKRouter(Router):
         return ops.broadcast_to(row, (ops.shape(inputs)[0], weight.shape[-1]))
 
     def _shares(self, z: Tensor) -> Tensor:
-        """What each selector gives each code, `(N, k, 2^m)`: products over the bits."""
+        """The share of each selector in each expert, `(N, k, E)`: products over the bits."""
         steps = ops.reshape(self._smooth_step(z), (-1, self.num_selectors, 1, self.num_bits))
-        codes = np.arange(2**self.num_bits)[:, None] >> np.arange(self.num_bits) & 1
+        codes = np.arange(self.num_experts)[:, None] >> np.arange(self.num_bits) & 1
         return ops.prod(ops.where(ops.convert_to_tensor(codes == 1), steps, 1.0 - steps), axis=-1)
 
     def _smooth_step(self, z: Tensor) -> Tensor:

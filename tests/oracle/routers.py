@@ -258,7 +258,11 @@ def uniform(x, w, mask, noise, *, num_experts):
 
 
 def dselect_k(x, w, mask, noise, *, k, num_experts, gamma, static):
-    """Hazimeh et al. 2021, equations 2 to 6 and section 4."""
+    """Hazimeh et al. 2021, equations 2 to 6 and section 4.
+
+    A selector's vector has one entry per expert: in the authors' code the entropy sums over these,
+    and codes past the last expert appear in nothing but what is missing from the vector's sum.
+    """
     bits = max(math.ceil(math.log2(num_experts)), 1)
     weights = np.zeros((len(x), num_experts))
     entropy, unused = np.zeros(len(x)), np.zeros(len(x))
@@ -266,16 +270,16 @@ def dselect_k(x, w, mask, noise, *, k, num_experts, gamma, static):
         z = (w["codes"] if static else row @ w["codes"]).reshape(k, bits)
         alpha = losses.softmax(w["alpha"] if static else row @ w["alpha"])
         for j in range(k):
-            r = np.ones(2**bits)
-            for code in range(2**bits):
+            r = np.ones(num_experts)
+            for code in range(num_experts):
                 for bit in range(bits):
                     t = z[j, bit]
                     step = -2 / gamma**3 * t**3 + 3 / (2 * gamma) * t + 0.5
                     step = 0.0 if t <= -gamma / 2 else 1.0 if t >= gamma / 2 else step
                     r[code] *= step if code >> bit & 1 else 1 - step
-            weights[n] += alpha[j] * r[:num_experts]
+            weights[n] += alpha[j] * r
             entropy[n] -= sum(share * np.log(share) for share in r if share > 0)
-            unused[n] += 1 / max(r[:num_experts].sum(), 1e-6)
+            unused[n] += 1 / max(r.sum(), 1e-6)
     logits = np.log(np.where(weights > 0, weights, 1e-20))
     count = max(mask.sum(), 1)
     return decision(
