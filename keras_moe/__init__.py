@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 # All that registers a Keras class is imported here: saved models load after `import keras_moe`.
 from keras_moe import callbacks, dispatch, layers, models, routers
+from keras_moe._exporting import exporting
 from keras_moe.recording import record_routing
 from keras_moe.routing import GateRouting, Routing, SoftRouting
 from keras_moe.version import __version__
@@ -19,6 +20,7 @@ __all__ = [
     "__version__",
     "callbacks",
     "dispatch",
+    "exporting",
     "layers",
     "models",
     "plots",

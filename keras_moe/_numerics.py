@@ -1,12 +1,13 @@
 """Small numerical functions that Keras has not, or not quite."""
 
-import math
+from fractions import Fraction
 
 from keras import ops
 
+from keras_moe._exporting import is_exporting
 from keras_moe.types import Tensor
 
-_ROUNDING = 1e-6  # 1.1 * 10 / 11 must give one slot, not two
+_LARGEST_DENOMINATOR = 10_000  # of slots per token
 
 
 def softmax(logits: Tensor, axis: int = -1) -> Tensor:
@@ -36,8 +37,39 @@ def entropy_of(p: Tensor) -> Tensor:
 
 
 def slots_per_expert(slots_per_token: float, count: int | Tensor) -> int | Tensor:
-    """C = ceil(capacity_factor k / E * N), at most N since no token needs an expert twice."""
-    if isinstance(count, int):
-        return min(math.ceil(slots_per_token * count - _ROUNDING), count)
-    slots = ops.ceil(slots_per_token * ops.cast(count, "float64") - _ROUNDING)
-    return ops.minimum(ops.cast(slots, "int32"), count)
+    """C = ceil(capacity_factor k / E * N), at most N since no token needs an expert twice.
+
+    In integers: symbols of an export know nothing else, and a product of floats such as
+    1.1 * 10 / 11 may be above the number that is meant.
+    """
+    rate = Fraction(slots_per_token).limit_denominator(_LARGEST_DENOMINATOR)
+    if rate >= 1:
+        return count
+    if not hasattr(count, "dtype"):
+        return _rounded_up(count, rate)
+    # Quotient and rest apart: the product of many tokens and the numerator would overflow int32.
+    whole, rest = count // rate.denominator, count % rate.denominator
+    return whole * rate.numerator + _rounded_up(rest, rate)
+
+
+def _rounded_up(count: int | Tensor, rate: Fraction) -> int | Tensor:
+    return (count * rate.numerator + rate.denominator - 1) // rate.denominator
+
+
+def edges_of(sorted_bins: Tensor, num_bins: int | Tensor) -> Tensor:
+    """Where each bin begins among sorted bin numbers, and where the last one ends.
+
+    Args:
+        sorted_bins: int32 `(A,)`, `num_bins` for what is in no bin.
+        num_bins: how many bins there are.
+
+    Returns:
+        int32 `(num_bins + 1,)`.
+    """
+    if is_exporting() or not isinstance(ops.shape(sorted_bins)[0], int):
+        # No export format has a binary search, and JAX cannot trace one over an unknown size.
+        ones = ops.ones_like(sorted_bins)
+        counts = ops.segment_sum(ones, sorted_bins, num_segments=num_bins + 1)
+        return ops.cumsum(counts) - counts
+    bins = ops.arange(num_bins + 1, dtype="int32")
+    return ops.cast(ops.searchsorted(sorted_bins, bins, side="left"), "int32")

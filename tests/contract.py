@@ -15,6 +15,8 @@ import numpy as np
 from keras import ops
 from keras.src import testing
 
+from keras_moe import exporting
+
 D = 6  # model width of all contract inputs
 
 
@@ -142,6 +144,51 @@ def check_unknown_sizes(case: Case) -> None:
         for output in keras.tree.flatten(model.predict(tokens(batch, length), verbose=0)):
             assert output.shape == (batch, length, case.output_dim)
             assert np.isfinite(output).all()
+
+
+@keras.saving.register_keras_serializable(package="keras_moe_tests")
+class Block(keras.layers.Layer):
+    """A layer of one's own around a mixture, as people write the block of a Transformer."""
+
+    def __init__(self, mixture: keras.layers.Layer, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.mixture, self.supports_masking = mixture, True
+
+    def build(self, input_shape: Any) -> None:
+        if not self.mixture.built:  # it comes built from a file
+            self.mixture.build(input_shape)
+
+    def call(self, x: Any, mask: Any = None, training: bool | None = None) -> Any:
+        outputs = keras.tree.flatten(self.mixture(x, mask=mask, training=training))
+        return x + ops.mean(sum(outputs), axis=-1, keepdims=True)  # of any width
+
+    def get_config(self) -> dict[str, Any]:
+        mixture = keras.saving.serialize_keras_object(self.mixture)
+        return {**super().get_config(), "mixture": mixture}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "Block":
+        mixture = keras.saving.deserialize_keras_object(config["mixture"])
+        return cls(**{**config, "mixture": mixture})
+
+
+class Subclassed(keras.Model):
+    """A subclassed model around a layer."""
+
+    def __init__(self, layer: keras.layers.Layer) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def call(self, x: Any, training: bool | None = None) -> Any:
+        return self.layer(x, training=training)
+
+
+def check_inside_other_layers(case: Case) -> None:
+    """Symbolic calls of unknown batch and length, through `call` of layers that are not ours."""
+    inputs, mask = keras.Input((None, D)), keras.Input((None,), dtype="bool")
+    assert tuple(Block(case.make())(inputs, mask=mask).shape) == (None, None, D)
+    nested = Subclassed(Subclassed(Block(case.make())))
+    assert tuple(nested(keras.Input((7, D)), training=True).shape) == (None, 7, D)
 
 
 def check_empty_batch(case: Case) -> None:
@@ -348,6 +395,19 @@ def check_return_routing(case: Case) -> None:
     model = keras.Model(inputs, symbolic)
     in_model = model.predict_on_batch(tokens())
     for a, b in zip(arrays(in_model), arrays((outputs, routing)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def check_exporting_changes_no_value(case: Case) -> None:
+    """What is traced inside of `exporting` gives what is computed outside of it."""
+    x, mask = tokens(3, 4), np.arange(12).reshape(3, 4) % 5 < 3
+    layer = case.make()
+    expected = arrays(run(layer, x, mask, training=False))
+    _compiled.cache_clear()
+    with exporting():
+        outputs = arrays(run(layer, x, mask, training=False))
+    _compiled.cache_clear()
+    for a, b in zip(outputs, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 

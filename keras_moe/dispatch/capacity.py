@@ -11,7 +11,7 @@ from keras_moe.dispatch.carrier import (
     bin_of_assignments,
 )
 from keras_moe.dispatch.costs import walk_beats_slots
-from keras_moe.dispatch.permute import combine, gather_tokens
+from keras_moe.dispatch.permute import as_rows, combine, gather_blocks
 from keras_moe.dispatch.plan import Bins, capacity_slots, sort_into_bins
 from keras_moe.dispatch.ragged import takes_groups
 from keras_moe.routing import Routing
@@ -50,11 +50,10 @@ class CapacityCarrier(Carrier):
             kept = _kept_within(bins, capacity, routing)
             return BlocksCarrier()(tokens, routing._replace(kept=kept), experts, training=training)
         slots = capacity_slots(bins, capacity)
-        rows = gather_tokens(tokens, slots, routing.experts.shape[-1])
-        rows = ops.reshape(rows, (num_experts, groups * capacity, tokens.shape[-1]))
+        top_k = routing.experts.shape[-1]
+        rows = gather_blocks(tokens, slots, top_k, (num_experts, groups * capacity))
         outputs = experts(rows, training=training)
-        outputs = ops.reshape(outputs, (num_experts * groups * capacity, outputs.shape[-1]))
-        return combine(outputs, slots, routing.weights)
+        return combine(as_rows(outputs), slots, routing.weights)
 
     @staticmethod
     def _walks(

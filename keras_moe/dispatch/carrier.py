@@ -6,6 +6,7 @@ from typing import Protocol
 import keras
 from keras import ops
 
+from keras_moe._sizes import as_tensor, at_least
 from keras_moe.dispatch.stages import Stage
 from keras_moe.routing import Routing
 from keras_moe.types import Config, Tensor
@@ -96,10 +97,9 @@ def bin_of_assignments(routing: Routing, num_experts: int, groups: int | Tensor 
     count = ops.shape(routing.experts)[0]
     bins = routing.experts
     if not (isinstance(groups, int) and groups == 1):
-        group_size = ops.maximum(count // ops.maximum(groups, 1), 1)
-        group = ops.arange(count, dtype="int32") // ops.cast(group_size, "int32")
+        group = ops.arange(count, dtype="int32") // at_least(count // at_least(groups, 1), 1)
         bins = bins * groups + ops.expand_dims(group, -1)
-    nowhere = ops.cast(num_experts * groups, "int32")
+    nowhere = as_tensor(num_experts * groups, "int32")
     bins = ops.where(routing.kept, bins, nowhere)
     return ops.reshape(ops.transpose(bins), (-1,))
 

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 import keras
 from keras import ops
 
+from keras_moe._exporting import is_exporting
 from keras_moe.dispatch import native
+from keras_moe.dispatch.blocks import BlocksCarrier
 from keras_moe.dispatch.carrier import Carrier, ExpertBank
 from keras_moe.dispatch.ragged import by_rows, carry_ragged, takes_groups
 from keras_moe.dispatch.stages import Stage
@@ -36,6 +38,8 @@ class GroupedCarrier(Carrier):
         training: bool | None = None,
     ) -> tuple[Tensor, Tensor]:
         del capacity, groups
+        if is_exporting():
+            return BlocksCarrier()(tokens, routing, experts, training=training)
         if not takes_groups(experts):
             raise ValueError(
                 "The grouped carrier needs a bank such as `ExpertMLP`, whose layers it can run. "

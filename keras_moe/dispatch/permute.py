@@ -11,9 +11,28 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_moe._exporting import is_exporting
+from keras_moe._sizes import as_tensor, at_least
 from keras_moe.dispatch import backend
 from keras_moe.dispatch.plan import Slots
 from keras_moe.types import Tensor
+
+
+def gather_blocks(
+    tokens: Tensor, slots: Slots, top_k: int, shape: tuple[int | Tensor, int | Tensor]
+) -> Tensor:
+    """The tokens in slots that are blocks of rows, `(N, d) -> (blocks, rows, d)`.
+
+    Args:
+        tokens: `(N, d)`.
+        slots: who is in which slot.
+        top_k: choices per token.
+        shape: how many blocks there are, and rows in each.
+    """
+    if is_exporting():  # PyTorch splits an axis of unknown size while it has no other
+        return _take(tokens, ops.reshape(_token_of(tokens, slots), shape))
+    rows = gather_tokens(tokens, slots, top_k)
+    return ops.reshape(rows, (*shape, tokens.shape[-1]))
 
 
 def gather_tokens(tokens: Tensor, slots: Slots, top_k: int) -> Tensor:
@@ -23,14 +42,20 @@ def gather_tokens(tokens: Tensor, slots: Slots, top_k: int) -> Tensor:
     row of zeros would be read by nobody either, but an expert with no gradient at zero (a norm)
     would turn the zero cotangent into NaN.
     """
-    count, total = ops.shape(tokens)[0], ops.shape(slots.slot_of)[0]
+    count = ops.shape(tokens)[0]
     if isinstance(count, int) and count == 0:
         return ops.zeros((ops.shape(slots.assignment)[0], tokens.shape[-1]), dtype=tokens.dtype)
-    filler = ops.minimum(ops.min(slots.assignment), ops.cast(total - 1, "int32"))
-    assignment = ops.where(slots.assignment < total, slots.assignment, filler)
-    token = ops.mod(assignment, ops.maximum(count, 1))
+    token = _token_of(tokens, slots)
     source, is_kept = slots_by_choice(slots, top_k)
     return _with_gradient(_gather, _gather_gradient, (tokens,), (token, source, is_kept))
+
+
+def _token_of(tokens: Tensor, slots: Slots) -> Tensor:
+    """The token in every slot, int32 `(S,)`; in an empty one, some token that was routed."""
+    total = ops.shape(slots.slot_of)[0]
+    filler = ops.min(slots.assignment, initial=as_tensor(total - 1, "int32"))
+    assignment = ops.where(slots.assignment < total, slots.assignment, filler)
+    return assignment % at_least(ops.shape(tokens)[0], 1)
 
 
 def combine(outputs: Tensor, slots: Slots, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,7 +74,7 @@ def combine(outputs: Tensor, slots: Slots, weights: Tensor) -> tuple[Tensor, Ten
     source, is_kept = slots_by_choice(slots, top_k)
     is_filled = slots.assignment < total
     assignment = ops.where(is_filled, slots.assignment, 0)
-    token = ops.mod(assignment, ops.maximum(total // top_k, 1))
+    token = assignment % at_least(total // top_k, 1)
     sums = _with_gradient(
         _combine,
         _combine_gradient,
@@ -57,6 +82,14 @@ def combine(outputs: Tensor, slots: Slots, weights: Tensor) -> tuple[Tensor, Ten
         (token, assignment, is_filled, source, is_kept),
     )
     return sums, ops.transpose(is_kept)
+
+
+def as_rows(blocks: Tensor) -> Tensor:
+    """Rows in groups, `(groups, rows, width)`, as `(S, width)`."""
+    width = blocks.shape[-1]
+    if is_exporting():  # PyTorch joins axes of unknown sizes all at once or not at all
+        blocks = ops.reshape(blocks, (-1,))
+    return ops.reshape(blocks, (-1, width))
 
 
 def _gather(tokens: Tensor, token: Tensor, source: Tensor, is_kept: Tensor) -> Tensor:
@@ -120,6 +153,8 @@ def _with_gradient(
     fixed: tuple[Tensor, ...],
 ) -> Tensor:
     """function(*inputs, *fixed), with gradient(upstream, *inputs, *fixed) to the inputs."""
+    if is_exporting():  # an export has no gradients, and PyTorch's ONNX none of its functions
+        return function(*inputs, *fixed)
     own = getattr(backend.current(), "with_gradient", None)
     if own is not None:
         return own(function, gradient, inputs, fixed)

@@ -11,6 +11,9 @@ from typing import NamedTuple
 
 from keras import ops
 
+from keras_moe._exporting import is_exporting
+from keras_moe._numerics import edges_of
+from keras_moe._sizes import as_tensor, is_symbolic
 from keras_moe.dispatch import backend
 from keras_moe.types import Tensor
 
@@ -48,7 +51,7 @@ class Bins(NamedTuple):
     @property
     def position(self) -> Tensor:
         """int32 `(A,)`, the place of each assignment in its bin, from 0."""
-        return self.rank - ops.take(self.edges, self.bin_of)
+        return self.rank - _at(self.edges, self.bin_of)
 
 
 class Slots(NamedTuple):
@@ -71,11 +74,12 @@ def sort_into_bins(bin_of: Tensor, num_bins: int | Tensor) -> Bins:
         num_bins: how many bins there are.
     """
     total = ops.shape(bin_of)[0]
-    sorted_bins, order = _sort(bin_of, total, num_bins)
-    edges = ops.cast(
-        ops.searchsorted(sorted_bins, ops.arange(num_bins + 1, dtype="int32"), side="left"),
-        "int32",
-    )
+    own = getattr(backend.current(), "sort_for_export", None)
+    if is_exporting() and own is not None:
+        order, edges = own(bin_of, num_bins)
+    else:
+        sorted_bins, order = _sort(bin_of, total, num_bins)
+        edges = edges_of(sorted_bins, num_bins)
     return Bins(order, _inverse(order, total), edges, bin_of)
 
 
@@ -89,7 +93,7 @@ def _inverse(order: Tensor, total: int | Tensor) -> Tensor:
 
 def _sort(bin_of: Tensor, total: int | Tensor, num_bins: int | Tensor) -> tuple[Tensor, Tensor]:
     """Returns the sorted bins and the permutation that sorts them."""
-    if isinstance(total, int) and isinstance(num_bins, int):
+    if isinstance(total, int) and isinstance(num_bins, int) and not is_exporting():
         bits = max((total - 1).bit_length(), 1)
         if total > 0 and (num_bins + 1) << bits < 2**31:
             # One sort of a packed key is 4 to 5 times faster than argsort on XLA:CPU (FACTS section
@@ -97,7 +101,7 @@ def _sort(bin_of: Tensor, total: int | Tensor, num_bins: int | Tensor) -> tuple[
             packed = ops.sort(ops.left_shift(bin_of, bits) + ops.arange(total, dtype="int32"))
             return ops.right_shift(packed, bits), ops.bitwise_and(packed, (1 << bits) - 1)
     order = ops.cast(ops.argsort(bin_of), "int32")
-    return ops.take(bin_of, order), order
+    return _at(bin_of, order), order
 
 
 def capacity_slots(bins: Bins, capacity: int | Tensor) -> Slots:
@@ -119,7 +123,7 @@ def ragged_slots(bins: Bins, padding: int = 0) -> Slots:
     is_used = ops.arange(total, dtype="int32") < bins.edges[-1]
     assignment = _where(is_used, bins.order, total)
     if padding:
-        empty = ops.full((padding,), ops.cast(total, "int32"), dtype="int32")
+        empty = ops.zeros((padding,), dtype="int32") + as_tensor(total, "int32")
         assignment = ops.concatenate([assignment, empty])
     return Slots(assignment, _where(bins.bin_of < num_bins, bins.rank, total + padding))
 
@@ -142,16 +146,15 @@ def block_slots(
     block_ends = ops.cumsum(blocks_of_bin)
     block_starts = block_ends - blocks_of_bin
     blocks = ops.arange(num_blocks, dtype="int32")
-    bin_of_block = ops.cast(ops.searchsorted(block_ends, blocks, side="right"), "int32")
-    bin_of_block = ops.minimum(bin_of_block, num_bins - 1)
+    bin_of_block = ops.minimum(_first_above(block_ends, blocks), num_bins - 1)
 
-    rows = ops.expand_dims((blocks - ops.take(block_starts, bin_of_block)) * block_size, -1)
+    rows = ops.expand_dims((blocks - _at(block_starts, bin_of_block)) * block_size, -1)
     place = rows + ops.arange(block_size, dtype="int32")
-    rank = ops.expand_dims(ops.take(bins.starts, bin_of_block), -1) + place
-    is_used = place < ops.expand_dims(ops.take(bins.counts, bin_of_block), -1)
+    rank = ops.expand_dims(_at(bins.starts, bin_of_block), -1) + place
+    is_used = place < ops.expand_dims(_at(bins.counts, bin_of_block), -1)
 
-    padded_starts = ops.concatenate([block_starts, block_starts[-1:]])
-    slot_of = ops.take(padded_starts, bins.bin_of) * block_size + bins.position
+    start_of = _at(block_starts, ops.minimum(bins.bin_of, num_bins - 1))
+    slot_of = start_of * block_size + bins.position
     slots = Slots(
         assignment=_assignment_at(bins, ops.reshape(rank, (-1,)), ops.reshape(is_used, (-1,))),
         slot_of=_where(bins.bin_of < num_bins, slot_of, num_blocks * block_size),
@@ -159,11 +162,28 @@ def block_slots(
     return slots, bin_of_block
 
 
+def _first_above(ends: Tensor, numbers: Tensor) -> Tensor:
+    """For each number, how many of the ascending `ends` it is not below, int32."""
+    if is_exporting() or is_symbolic(ops.shape(numbers)[0]):  # see `edges_of`
+        is_past = ops.expand_dims(ends, 0) <= ops.expand_dims(numbers, -1)
+        return ops.sum(ops.cast(is_past, "int32"), axis=-1)
+    return ops.cast(ops.searchsorted(ends, numbers, side="right"), "int32")
+
+
 def _assignment_at(bins: Bins, rank: Tensor, is_used: Tensor) -> Tensor:
     total = ops.shape(bins.order)[0]
     padded_order = ops.concatenate([bins.order, ops.zeros((1,), dtype="int32")])
-    return _where(is_used, ops.take(padded_order, ops.minimum(rank, total)), total)
+    return _where(is_used, _at(padded_order, _where(rank < total, rank, total)), total)
 
 
 def _where(condition: Tensor, values: Tensor, otherwise: int | Tensor) -> Tensor:
-    return ops.where(condition, values, ops.cast(otherwise, "int32"))
+    return ops.where(condition, values, as_tensor(otherwise, "int32"))
+
+
+def _at(values: Tensor, places: Tensor) -> Tensor:
+    """The entries of an array at some places."""
+    if not is_exporting():
+        return ops.take(values, places)
+    # Rows of one column: PyTorch's ONNX and OpenVINO take a lookup for nothing else.
+    rows = ops.take(ops.expand_dims(values, -1), ops.reshape(places, (-1,)), axis=0)
+    return ops.reshape(rows, ops.shape(places))

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 from keras import ops
 
+from keras_moe._exporting import is_exporting
 from keras_moe.dispatch.carrier import ExpertBank, bin_of_assignments
 from keras_moe.dispatch.permute import combine, gather_tokens
 from keras_moe.dispatch.plan import Slots, ragged_slots, sort_into_bins
@@ -16,8 +17,8 @@ Carry = Callable[[Tensor, Tensor, Slots, Tensor, Sequence[Stage]], Tensor]
 
 
 def takes_groups(experts: ExpertBank) -> bool:
-    """Whether the experts are a bank that shows its layers."""
-    return bool(getattr(experts, "takes_groups", False))
+    """Whether the experts are a bank that shows its layers, to a loop that no export can hold."""
+    return bool(getattr(experts, "takes_groups", False)) and not is_exporting()
 
 
 def carry_ragged(

@@ -1,14 +1,16 @@
 """The sparse mixture-of-experts layer."""
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import keras
 from keras import ops
 
 from keras_moe import _checks, routers
+from keras_moe._exporting import exporting
 from keras_moe._numerics import slots_per_expert
-from keras_moe.dispatch import Carrier, DispatchPlan, planner
+from keras_moe.dispatch import Carrier, DispatchPlan, backend, planner
 from keras_moe.dispatch.capacity import kept_by_priority
 from keras_moe.dispatch.ragged import takes_groups
 from keras_moe.layers.example_routing import kept_examples, pool_examples, spread_over_tokens
@@ -281,6 +283,17 @@ class MoE(ExpertFeedForward):
         training: bool | None = None,
         return_routing: bool = False,
         token_ids: Tensor | None = None,
+    ) -> Any:
+        with exporting() if backend.is_traced_for_export() else nullcontext():
+            return self._forward(inputs, mask, training, return_routing, token_ids)
+
+    def _forward(
+        self,
+        inputs: Tensor,
+        mask: Tensor | None,
+        training: bool | None,
+        return_routing: bool,
+        token_ids: Tensor | None,
     ) -> Any:
         token_axes = ops.shape(inputs)[:-1]
         tokens = ops.reshape(inputs, (-1, inputs.shape[-1]))

@@ -10,6 +10,7 @@ from keras_moe._numerics import softmax
 from keras_moe._seeds import SavesSeed
 from keras_moe.initializers import FiniteInitializer
 from keras_moe.routers import losses
+from keras_moe.routers.selection import load_of
 from keras_moe.routing import Routing
 from keras_moe.types import Config, ConstraintLike, InitializerLike, RegularizerLike, Tensor
 
@@ -193,11 +194,7 @@ class Router(SavesSeed):
         kept = ops.ones_like(experts, dtype="bool") if is_chosen is None else is_chosen
         if mask is not None:
             kept = ops.logical_and(kept, ops.expand_dims(mask, -1))
-        load = ops.segment_sum(
-            ops.reshape(ops.cast(kept, "float32"), (-1,)),
-            ops.reshape(experts, (-1,)),
-            num_segments=self.num_experts,
-        )
+        load = load_of(experts, kept, self.num_experts)
         return Routing(
             experts=experts,
             weights=weights,

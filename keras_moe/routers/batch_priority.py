@@ -9,7 +9,7 @@ from keras_moe import _checks
 from keras_moe._numerics import normal_cdf, softmax
 from keras_moe.routers import losses
 from keras_moe.routers.noisy import NoisyRouter
-from keras_moe.routers.selection import select_top_k
+from keras_moe.routers.selection import pick, select_top_k
 from keras_moe.routing import Routing
 from keras_moe.types import Config, Tensor
 
@@ -76,10 +76,10 @@ class BatchPriorityRouter(NoisyRouter):
         if training and std:
             noisy = self._noisy(clean, std)
         experts = select_top_k(noisy, self.top_k)
-        weights = ops.take_along_axis(softmax(noisy), experts, axis=-1)
+        weights = pick(softmax(noisy), experts)
         load = ops.zeros((), dtype="float32")
         if std:
-            threshold = ops.take_along_axis(noisy, experts[:, -1:], axis=-1)
+            threshold = pick(noisy, experts[:, -1:])
             load = losses.cv_squared(normal_cdf((clean - threshold) / std), mask)
         probabilities = self.probabilities(clean)
         importance = losses.cv_squared(probabilities, mask)

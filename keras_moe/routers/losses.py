@@ -8,13 +8,14 @@ import math
 
 from keras import ops
 
+from keras_moe._sizes import as_tensor, at_least
 from keras_moe.types import Tensor
 
 
 def token_count(tokens: Tensor, mask: Tensor | None) -> Tensor:
     """The number of real tokens as a float32 scalar, at least 1 so that it can be divided by."""
     if mask is None:
-        count = ops.cast(ops.shape(tokens)[0], "float32")
+        count = as_tensor(ops.shape(tokens)[0], "float32")
     else:
         count = ops.sum(ops.cast(mask, "float32"))
     return ops.maximum(count, 1.0)
@@ -83,8 +84,8 @@ def sequence_balance_loss(
     if probabilities.shape[0] == 0:  # torch has no sums of no segments
         return ops.zeros((), dtype="float32")
     num_experts, count = probabilities.shape[-1], ops.shape(probabilities)[0]
-    length = ops.maximum(count // ops.maximum(num_sequences, 1), 1)
-    sequence = ops.arange(count, dtype="int32") // ops.cast(length, "int32")
+    length = at_least(count // at_least(num_sequences, 1), 1)
+    sequence = ops.arange(count, dtype="int32") // length
 
     def per_sequence(values: Tensor) -> Tensor:
         return ops.segment_sum(values, sequence, num_segments=num_sequences)

@@ -6,8 +6,8 @@ import keras
 from keras import ops
 
 from keras_moe import _checks
-from keras_moe._numerics import slots_per_expert
-from keras_moe.routers.selection import select_top_k
+from keras_moe._numerics import edges_of, slots_per_expert
+from keras_moe.routers.selection import pick, select_top_k
 from keras_moe.routers.top_k import TopKRouter
 from keras_moe.routing import Routing
 from keras_moe.types import Config, Tensor
@@ -83,8 +83,8 @@ class NoTokenLeftRouter(TopKRouter):
         # Granted experts first, best first; where they are fewer than k, the best of the others.
         preference = ops.where(granted, 2 * self.rounds, self.rounds) - ops.arange(self.rounds)
         place = select_top_k(ops.cast(preference, "float32"), self.top_k)
-        experts = ops.take_along_axis(ranked, place, axis=-1)
-        is_placed = ops.take_along_axis(granted, place, axis=-1)
+        experts = pick(ranked, place)
+        is_placed = pick(granted, place)
         scores = self._scores(asked.logits, self.probabilities(asked.logits))
         weights = ops.where(is_placed, self._weights(scores, experts), 0.0)
         return asked._replace(experts=experts, weights=weights, kept=is_placed)
@@ -147,8 +147,7 @@ def _first_come_first_served(wanted: Tensor, free: Tensor) -> tuple[Tensor, Tens
     num_experts = free.shape[0]
     order = ops.cast(ops.argsort(wanted), "int32")  # stable: earlier tokens first
     in_order = ops.take(wanted, order)
-    edges = ops.searchsorted(in_order, ops.arange(num_experts + 1, dtype="int32"), side="left")
-    edges = ops.cast(edges, "int32")
+    edges = edges_of(in_order, num_experts)
     position = ops.arange(ops.shape(wanted)[0], dtype="int32") - ops.take(edges, in_order)
     none = ops.zeros((1,), dtype="int32")
     fits = position < ops.take(ops.concatenate([free, none]), in_order)

@@ -9,7 +9,7 @@ from keras_moe._numerics import normal_cdf, softmax
 from keras_moe.initializers import FiniteInitializer
 from keras_moe.routers import losses
 from keras_moe.routers.noisy import NoisyRouter
-from keras_moe.routers.selection import select_top_k, spread
+from keras_moe.routers.selection import pick, select_top_k, spread
 from keras_moe.routing import Routing
 from keras_moe.types import InitializerLike, Tensor
 
@@ -87,11 +87,11 @@ class NoisyTopKRouter(NoisyRouter):
             noisy = self._noisy(clean, std)
         ranked = select_top_k(noisy, min(self.top_k + 1, self.num_experts))
         experts = ranked[:, : self.top_k]
-        values = ops.take_along_axis(noisy, ranked, axis=-1)
+        values = pick(noisy, ranked)
         if self.top_k > 1:
             weights = softmax(values[:, : self.top_k])
         else:
-            weights = ops.take_along_axis(softmax(noisy), experts, axis=-1)
+            weights = pick(softmax(noisy), experts)
         gates = spread(weights, experts, self.num_experts)
         return self.record(
             experts,

@@ -8,7 +8,7 @@ from keras import ops
 from keras_moe import _checks
 from keras_moe.routers.base import Router
 from keras_moe.routers.losses import masked_sum, token_count
-from keras_moe.routers.selection import select_top_k, spread
+from keras_moe.routers.selection import pick, select_top_k, spread
 from keras_moe.routing import Routing
 from keras_moe.types import Config, Tensor
 
@@ -85,7 +85,7 @@ class ReLURouter(Router):
     ) -> Routing:
         logits = ops.matmul(self._jittered(inputs) if training else inputs, self.kernel)
         experts = select_top_k(logits, self.top_k)
-        values = ops.take_along_axis(logits, experts, axis=-1)
+        values = pick(logits, experts)
         weights = ops.relu(values) + 0.0 * values  # a token that is not finite shows in its output
         is_active = ops.logical_not(weights <= 0)
         count = token_count(logits, mask)

@@ -2,9 +2,12 @@
 
 from keras import ops
 
+from keras_moe._exporting import is_exporting
 from keras_moe.types import Tensor
 
-_LOWEST = -3.4e38  # above -inf, which marks what was already taken
+# Finite, as ONNX has no choice between a number and an infinity: it multiplies by 0 and 1.
+_LOWEST = -3.4e38
+_TAKEN = -3.4028e38  # float32 has nothing much below
 _LEAST = 1e-20
 
 
@@ -27,7 +30,8 @@ def select_top_k(scores: Tensor, top_k: int) -> Tensor:
     # Experts first: a maximum over the leading axis is elementwise over tokens, which vectorizes;
     # over the last axis, or by `argmax`, XLA:CPU takes 3 to 5 times as long.
     remaining = ops.transpose(ops.stop_gradient(scores))
-    remaining = ops.where(ops.isfinite(remaining), remaining, ops.full_like(remaining, _LOWEST))
+    lowest = ops.full_like(remaining, _LOWEST)
+    remaining = ops.where(ops.isfinite(remaining), ops.maximum(remaining, lowest), lowest)
     num_experts = scores.shape[-1]
     experts = ops.expand_dims(ops.arange(num_experts, dtype="int32"), -1)
     chosen = []
@@ -36,8 +40,36 @@ def select_top_k(scores: Tensor, top_k: int) -> Tensor:
         best = ops.min(ops.where(is_best, experts, num_experts), axis=0)  # the lowest index of ties
         chosen.append(best)
         taken = ops.equal(experts, best)
-        remaining = ops.where(taken, ops.full_like(remaining, -float("inf")), remaining)
+        remaining = ops.where(taken, ops.full_like(remaining, _TAKEN), remaining)
     return ops.stack(chosen, axis=-1)
+
+
+def pick(values: Tensor, places: Tensor) -> Tensor:
+    """The entries `(N, k)` of each row of `values (N, E)` at its `places (N, k)`."""
+    if not is_exporting():
+        return ops.take_along_axis(values, places, axis=-1)
+    # Of all entries one: ONNX and OpenVINO do not take PyTorch's indexing along an axis.
+    columns = ops.arange(values.shape[-1], dtype="int32")
+    is_meant = ops.equal(ops.expand_dims(places, -1), columns)
+    candidates = ops.expand_dims(values, 1)
+    picked = ops.sum(ops.where(is_meant, candidates, ops.zeros_like(candidates)), axis=-1)
+    return ops.cast(picked, values.dtype)
+
+
+def load_of(experts: Tensor, is_taken: Tensor, num_experts: int) -> Tensor:
+    """How many tokens take each expert, float32 `(E,)`, of `(N, k)` choices that are taken or not.
+
+    Args:
+        experts: int32 `(N, k)`.
+        is_taken: bool `(N, k)`.
+        num_experts: the experts E.
+    """
+    taken = ops.cast(is_taken, "float32")
+    if is_exporting():  # no export format of PyTorch adds up segments
+        return ops.sum(spread(taken, experts, num_experts), axis=0)
+    return ops.segment_sum(
+        ops.reshape(taken, (-1,)), ops.reshape(experts, (-1,)), num_segments=num_experts
+    )
 
 
 def all_experts(scores: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from keras import ops
 from keras_moe import _checks
 from keras_moe._numerics import softmax
 from keras_moe.routers.base import Router
-from keras_moe.routers.selection import select_top_k
+from keras_moe.routers.selection import pick, select_top_k
 from keras_moe.routing import Routing
 from keras_moe.types import Config, Tensor
 
@@ -61,7 +61,7 @@ class SinkhornRouter(Router):
         experts = select_top_k(scores, self.top_k)
         probabilities = self.probabilities(logits)
         values = ops.sigmoid(logits) if self.top_k == 1 else probabilities
-        weights = ops.take_along_axis(values, experts, axis=-1)
+        weights = pick(values, experts)
         return self.record(experts, weights, logits, probabilities, mask)
 
     def _balanced(self, logits: Tensor, mask: Tensor | None) -> Tensor:

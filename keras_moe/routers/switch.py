@@ -3,10 +3,9 @@
 from typing import Any
 
 import keras
-from keras import ops
 
 from keras_moe.routers.base import Router
-from keras_moe.routers.selection import select_top_k
+from keras_moe.routers.selection import pick, select_top_k
 from keras_moe.types import Config, Tensor
 
 
@@ -34,7 +33,7 @@ class SwitchRouter(Router):
 
     def choose(self, logits: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
         experts = select_top_k(logits, 1)
-        return experts, ops.take_along_axis(probabilities, experts, axis=-1)
+        return experts, pick(probabilities, experts)
 
     def get_config(self) -> Config:
         config = super().get_config()

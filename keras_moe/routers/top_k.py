@@ -7,7 +7,7 @@ from keras import ops
 
 from keras_moe import _checks
 from keras_moe.routers.base import Router
-from keras_moe.routers.selection import scaled_to_one, select_top_k
+from keras_moe.routers.selection import pick, scaled_to_one, select_top_k
 from keras_moe.types import Config, Tensor
 
 SCORES = ("softmax", "sigmoid")
@@ -73,7 +73,7 @@ class TopKRouter(Router):
         return probabilities if self.score == "softmax" else ops.sigmoid(logits)
 
     def _weights(self, scores: Tensor, experts: Tensor) -> Tensor:
-        weights = ops.take_along_axis(scores, experts, axis=-1)
+        weights = pick(scores, experts)
         return scaled_to_one(weights) if self.normalize and self.top_k > 1 else weights
 
     def _ranked_by(self, logits: Tensor, scores: Tensor) -> Tensor:

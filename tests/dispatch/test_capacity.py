@@ -1,11 +1,17 @@
 """Capacity both ways, in slots and as a walk over what is kept: the same drops and gradients."""
 
+import math
+from fractions import Fraction
+
 import keras
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from keras import ops
 
 from keras_moe import layers
+from keras_moe._numerics import slots_per_expert
 from keras_moe.dispatch import backend, costs
 from keras_moe.dispatch.blocks import BlocksCarrier
 from tests import helpers
@@ -90,3 +96,19 @@ def test_large_experts_walk_on_jax(taken):
     layer = layers.MoE(8, 1024, capacity_factor=1.0)
     layer(ops.ones((256, 1024)))
     assert bool(taken) == (keras.backend.backend() in ("jax", "torch"))
+
+
+@settings(deadline=None)
+@given(
+    factor=st.integers(1, 400),
+    top_k=st.integers(1, 8),
+    num_experts=st.integers(1, 96),
+    count=st.integers(0, 100_000),
+)
+def test_slots_are_rounded_up_exactly(factor, top_k, num_experts, count):
+    """Of a number as of a tensor: 1.1 * 10 / 11 is above 1 in floating point."""
+    per_token = Fraction(factor * top_k, 100 * num_experts)
+    expected = min(math.ceil(per_token * count), count)
+    assert slots_per_expert(float(per_token), count) == expected
+    of_tensor = slots_per_expert(float(per_token), ops.convert_to_tensor(np.int32(count)))
+    assert int(of_tensor) == expected

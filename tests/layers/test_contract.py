@@ -257,6 +257,8 @@ CHECKS = [
     contract.check_config_is_json,
     contract.check_any_rank,
     contract.check_unknown_sizes,
+    contract.check_inside_other_layers,
+    contract.check_exporting_changes_no_value,
     contract.check_empty_batch,
     contract.check_one_token_and_more_experts_than_tokens,
     contract.check_inference_is_deterministic,

@@ -7,6 +7,7 @@ A backend's module has:
 - `row_padding(total, num_experts)`: rows that it needs behind the last one;
 - `is_on_cpu(tensor)`;
 - `with_gradient` and `inverse_permutation`, where Keras's own will not do;
+- `is_traced_for_export()` and `sort_for_export(bin_of, num_bins)`, where exports need them;
 - `grouped_matmul(rows, kernel, ends)` and `may_have_grouped_matmul()`: the platform's
   native grouped matmul, where there is one.
 """
@@ -17,6 +18,12 @@ from types import ModuleType
 import keras
 
 _BACKENDS = ("jax", "tensorflow", "torch")
+
+
+def is_traced_for_export() -> bool:
+    """Whether the call is traced for export, as far as a backend tells."""
+    own = getattr(current(), "is_traced_for_export", None)
+    return own is not None and own()
 
 
 def current() -> ModuleType | None:

@@ -281,6 +281,24 @@ def _with_zero_tail(rows: Tensor, bounds: Bounds) -> Tensor:
     return torch.nn.functional.pad(rows[: bounds[-1][1]], (0, 0, 0, spare)) if spare else rows
 
 
+def is_traced_for_export() -> bool:
+    """Whether `torch.export` or `torch.jit.trace` traces the call, as its exporters do."""
+    return bool(torch.compiler.is_exporting() or torch.jit.is_tracing())
+
+
+def sort_for_export(bin_of: Tensor, num_bins: int) -> tuple[Tensor, Tensor]:
+    """`sort_into_bins`, as order and edges, of operations that ONNX and OpenVINO take.
+
+    They take no stable sort, so the keys are made distinct, and no binary search.
+    """
+    total = bin_of.shape[0]
+    places = torch.arange(total, device=bin_of.device)
+    order = torch.sort(bin_of.long() * total + places)[1]
+    counts = torch.zeros(num_bins + 1, dtype=torch.int64, device=bin_of.device)
+    counts = counts.scatter_add(0, bin_of.long(), torch.ones_like(places))
+    return order.int(), (torch.cumsum(counts, 0) - counts).int()
+
+
 def inverse_permutation(order: Tensor) -> Tensor:
     """Where each entry stands; `keras.ops.scatter` is a Python loop over entries on PyTorch."""
     places = torch.arange(order.shape[0], dtype=order.dtype, device=order.device)

@@ -1,0 +1,28 @@
+"""Sizes of axes: an int, or what stands for an unknown one.
+
+In a TensorFlow graph that is a scalar tensor. While JAX or PyTorch traces a model for export, and
+while Keras infers a shape on JAX, it is a symbol, which knows integer arithmetic and no more.
+"""
+
+from keras import ops
+
+from keras_moe.types import Tensor
+
+
+def is_symbolic(size: int | Tensor) -> bool:
+    """Whether a size is a symbol, neither an int nor a tensor that holds one."""
+    return not isinstance(size, int) and not hasattr(size, "dtype")
+
+
+def as_tensor(size: int | Tensor, dtype: str) -> Tensor:
+    """The size as a scalar tensor."""
+    if is_symbolic(size):  # PyTorch would make a constant of it
+        return ops.sum(ops.ones((size,), dtype=dtype))
+    return ops.cast(size, dtype)
+
+
+def at_least(size: int | Tensor, least: int) -> int | Tensor:
+    """The larger one of a size and a number; a symbol is taken to be large enough."""
+    if isinstance(size, int):
+        return max(size, least)
+    return size if is_symbolic(size) else ops.maximum(size, least)
