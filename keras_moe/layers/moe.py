@@ -6,6 +6,7 @@ from typing import Any
 
 import keras
 from keras import ops
+from keras.src.backend import get_keras_mask
 
 from keras_moe import _checks, routers
 from keras_moe._exporting import exporting
@@ -284,6 +285,8 @@ class MoE(ExpertFeedForward):
         return_routing: bool = False,
         token_ids: Tensor | None = None,
     ) -> Any:
+        if mask is None:  # Keras hands on that of the inputs, but not where there are token ids too
+            mask = get_keras_mask(inputs)
         with exporting() if backend.is_traced_for_export() else nullcontext():
             return self._forward(inputs, mask, training, return_routing, token_ids)
 

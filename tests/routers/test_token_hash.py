@@ -96,6 +96,19 @@ def test_padding_may_have_any_id_and_is_not_counted():
     )
 
 
+@pytest.mark.parametrize("router", ["top_k", "token_hash"])
+def test_the_mask_of_the_inputs_counts_beside_ids(router):
+    """Keras hands it on to a call of one tensor only."""
+    model = functional(routers.TokenHashRouter(E, V) if router == "token_hash" else router)
+    mixture = model.layers[-1]
+    ids = draw_ids(2, 6)
+    ids[0, :4] = 0
+    outputs, _ = helpers.call(model, ids, training=True)
+    assert mixture.running_counts()["decisions"] == (ids != 0).sum()
+    assert not outputs[ids == 0].any()
+    assert outputs[ids != 0].any(axis=-1).all()
+
+
 def test_it_learns_nothing_and_the_experts_do():
     layer, ids = make(), draw_ids(2, 6)
     assert not layer.router.trainable_variables
