@@ -111,6 +111,15 @@ def mask_shape(layer: str, inputs: Tensor, mask: Tensor) -> None:
         )
 
 
+def mask_of_ids(layer: str, ids: Tensor, mask: Tensor) -> None:
+    """Checks that the mask has one entry per id."""
+    if not _has_shape(ids.shape, mask):
+        fail(
+            f"`{layer}` expects a mask with one entry per id, shape {tuple(ids.shape)}.",
+            mask_shape=tuple(mask.shape),
+        )
+
+
 def token_ids(layer: str, inputs: Tensor, ids: Tensor | None) -> None:
     """Checks that there are token ids, that they are integers, and one per token."""
     if ids is None:
@@ -133,7 +142,11 @@ def _of_tokens(inputs: Tensor) -> str:
 
 
 def _has_one_per_token(inputs: Tensor, other: Tensor) -> bool:
-    expected, received = tuple(inputs.shape)[:-1], tuple(other.shape)
+    return _has_shape(tuple(inputs.shape)[:-1], other)
+
+
+def _has_shape(shape: Shape, other: Tensor) -> bool:
+    expected, received = tuple(shape), tuple(other.shape)
     return len(expected) == len(received) and all(
         a is None or b is None or a == b for a, b in zip(expected, received, strict=True)
     )

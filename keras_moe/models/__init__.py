@@ -2,6 +2,7 @@
 
 from keras_moe.models import features
 from keras_moe.models.history_mean import HistoryMean
+from keras_moe.models.masked_embedding import MaskedEmbedding
 from keras_moe.models.multitask_ranker import multitask_ranker
 from keras_moe.models.position_embedding import PositionEmbedding
 from keras_moe.models.qk_norm_attention import QKNormAttention
@@ -12,6 +13,7 @@ from keras_moe.models.vit import VIT_SIZES, vit
 __all__ = [
     "VIT_SIZES",
     "HistoryMean",
+    "MaskedEmbedding",
     "PositionEmbedding",
     "QKNormAttention",
     "decoder",

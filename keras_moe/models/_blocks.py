@@ -17,13 +17,25 @@ MakeLayer = Callable[[int], keras.layers.Layer]
 _EPSILON = 1e-6  # of every LayerNorm: Dosovitskiy et al.'s code
 
 
+@keras.saving.register_keras_serializable(package="keras_moe")
+class Residual(layers.Add):
+    """`keras.layers.Add` of x and what a block adds to it; padding is what it is in x.
+
+    Keras's own would forget it after a feed-forward that knows no masks.
+    """
+
+    def compute_mask(self, inputs: Any, mask: Any = None) -> Tensor | None:
+        return None if mask is None else mask[0]
+
+
 @dataclass(frozen=True)
 class Blocks:
     """The blocks of one Transformer, `blocks(x (batch, n, width)) -> (batch, n, width)`.
 
     for each block: x = x + attention(norm(x)); x = x + feed_forward(norm(x))
 
-    Called with the token ids, if x stands for tokens, for routers that read them.
+    Called with the token ids, if x stands for tokens, for routers that read them. A mask of x
+    reaches attention and mixtures, and is that of what is returned.
 
     Args:
         depth: the number of blocks.
@@ -59,7 +71,7 @@ class Blocks:
 
     def _residual(self, x: Tensor, y: Tensor, prefix: str) -> Tensor:
         y = drop(y, self.dropout, f"{prefix}_dropout")
-        return layers.Add(name=f"{prefix}_residual")([x, y])
+        return Residual(name=f"{prefix}_residual")([x, y])
 
     def _attention(self, x: Tensor, prefix: str) -> Tensor:
         make = QKNormAttention if self.qk_norm else layers.MultiHeadAttention

@@ -5,15 +5,36 @@ from typing import Any
 
 import keras
 from keras import layers
+from keras.src.backend import get_keras_mask, set_keras_mask
 
 from keras_moe import _checks
 from keras_moe.layers import MoE, SoftMoE, SwitchFFN
 from keras_moe.models import _blocks
+from keras_moe.models._masked_model import MaskedModel
+from keras_moe.models.masked_embedding import MaskedEmbedding
 from keras_moe.models.position_embedding import PositionEmbedding
 from keras_moe.routers import BatchPriorityRouter, NoTokenLeftRouter, SinkhornRouter
 from keras_moe.types import Activation
 
 _MIXTURES: dict[str, Callable[..., keras.layers.Layer]] = {"moe": MoE, "switch": SwitchFFN}
+
+
+@keras.saving.register_keras_serializable(package="keras_moe")
+class DecoderModel(MaskedModel):
+    """The functional model that `decoder` returns."""
+
+    def compute_metrics(
+        self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None
+    ) -> dict[str, Any]:
+        """Leaves padding out of the metrics of `fit` on JAX too.
+
+        The logits come out of a function that was differentiated there, without their mask.
+        """
+        if get_keras_mask(y_pred) is None:
+            (tokens,) = keras.tree.flatten(x)
+            set_keras_mask(y_pred, self.get_layer("token_embedding").compute_mask(tokens))
+        metrics: dict[str, Any] = super().compute_metrics(x, y, y_pred, sample_weight)
+        return metrics
 
 
 def decoder(
@@ -24,6 +45,7 @@ def decoder(
     num_heads: int,
     mlp_dim: int | None = None,
     max_length: int = 1024,
+    padding_id: int | None = None,
     feed_forward: str | Callable[[int], keras.layers.Layer] = "dense",
     feed_forward_arguments: Mapping[str, Any] | None = None,
     moe_layers: str | int | Sequence[int] = 1,
@@ -34,7 +56,7 @@ def decoder(
 ) -> keras.Model:
     """Builds a language model, a functional model from tokens to logits of the next ones.
 
-    x = embedding[tokens] + positions
+    x[n] = embedding[tokens[n]] + positions[n - first], from the first real token on
     for each block: x = x + attention(norm(x)), causal; x = x + feed_forward(norm(x))
     logits[n] = norm(x)[n] @ head + bias, of token n + 1
 
@@ -44,6 +66,11 @@ def decoder(
     feed-forward that is asked for, the others a dense one of `mlp_dim` hidden units. Initial
     weights follow `keras.utils.set_random_seed`.
 
+    Padding, on any side, is `padding_id` and what `model(tokens, mask=mask)` masks. No token
+    attends to it, it goes to no expert, and it enters no count, no loss of a router and, in `fit`,
+    neither loss nor metrics. The logits of real tokens are those without it. One thing counts it:
+    a `capacity_factor`, whose slots are a share of all places.
+
     Args:
         vocabulary_size: Positive integer, the tokens there are; 256 for bytes.
         width: Positive integer, the model width d, a multiple of `num_heads`.
@@ -51,10 +78,12 @@ def decoder(
         num_heads: Positive integer, the attention heads.
         mlp_dim: Positive integer, the hidden units of a dense feed-forward, and of each expert
             unless `feed_forward_arguments` say otherwise; None for 4 `width`. Defaults to `None`.
-        max_length: Positive integer, the longest sequence. Defaults to `1024`.
+        max_length: Positive integer, the longest sequence, padding included. Defaults to `1024`.
+        padding_id: Integer in [0, vocabulary_size), the id that stands for padding; None where all
+            ids are real. Defaults to `None`.
         feed_forward: `"dense"`, `"moe"`, `"switch"`, or a function that takes a block's index and
-            returns a new layer from `(batch, n, width)` to the same, which mixes no tokens; a `MoE`
-            whose router reads token ids gets them. Defaults to `"dense"`.
+            returns a new layer from `(batch, n, width)` to the same, which mixes no tokens and
+            supports masks; a `MoE` whose router reads token ids gets them. Defaults to `"dense"`.
         feed_forward_arguments: Arguments of the `MoE` or `SwitchFFN` of that name, such as
             `{"num_experts": 8}`, which they need. With a `capacity_factor`, whether a token finds
             room depends on the tokens before it and on the batch; None, as `MoE` has it, drops
@@ -72,11 +101,12 @@ def decoder(
 
     Returns:
         A `keras.Model` from integers `(batch, n)` to `(batch, n, vocabulary_size)`, float32, for
-        any n up to `max_length`. The mixtures are its layers `block_{index}_{feed_forward}`.
+        any n up to `max_length`. The mixtures are its layers `block_{index}_{feed_forward}`. The
+        logits have the mask of the tokens.
 
     Raises:
-        ValueError: on an unknown feed-forward, one that is not causal, blocks out of range, or
-            sizes that do not fit together.
+        ValueError: on an unknown feed-forward, one that is not causal, blocks out of range, sizes
+            that do not fit together, or a `padding_id` that is no id.
 
     Example:
 
@@ -96,6 +126,8 @@ def decoder(
     """
     _checks.positive_int("vocabulary_size", vocabulary_size)
     sizes = _blocks.checked_sizes(width, depth, num_heads, mlp_dim)
+    if padding_id is not None:
+        _checks.int_between("padding_id", padding_id, 0, vocabulary_size - 1, "vocabulary_size - 1")
     dropout = _checks.rate("dropout", dropout)
     make_mixture = _blocks.mixture_factory(
         _MIXTURES,
@@ -115,9 +147,10 @@ def decoder(
         mixture_blocks=_blocks.checked_blocks(moe_layers, depth),
     )
     tokens = keras.Input((None,), dtype="int32", name="tokens")
-    x = layers.Embedding(
+    x = MaskedEmbedding(
         vocabulary_size,
         width,
+        padding_id,
         embeddings_initializer=keras.initializers.RandomNormal(stddev=0.02),  # GPT-2's code
         name="token_embedding",
     )(tokens)
@@ -126,7 +159,7 @@ def decoder(
     x = _blocks.norm(x, "decoder_norm")
     # Zeros: the first predictions are uniform. float32, as the head of `vit`.
     head = layers.Dense(vocabulary_size, kernel_initializer="zeros", dtype="float32", name="head")
-    return keras.Model(tokens, head(x), name=name)
+    return DecoderModel(tokens, head(x), name=name)
 
 
 def _causal(make: _blocks.MakeLayer) -> _blocks.MakeLayer:

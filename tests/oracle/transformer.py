@@ -1,7 +1,7 @@
 """Pre-norm Transformer blocks in float64: x + attention(norm(x)), then x + feed_forward(norm(x)).
 
 attention(y) = concat over heads of softmax(q k^T / sqrt(d / heads)) v, projected; causal: row n of
-the softmax is over columns 0 to n.
+the softmax is over columns 0 to n. A mask `(b, m)` leaves columns out.
 """
 
 import math
@@ -25,7 +25,7 @@ def gelu(x):
     return 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
 
 
-def attention(y, weights, name, *, qk_norm=False, is_causal=False):
+def attention(y, weights, name, *, qk_norm=False, is_causal=False, mask=None):
     def project(part):
         kernel = weights[f"{name}/{part}/kernel"]
         return np.einsum("bnd,dhk->bhnk", y, kernel) + weights[f"{name}/{part}/bias"][:, None, :]
@@ -38,6 +38,8 @@ def attention(y, weights, name, *, qk_norm=False, is_causal=False):
     if is_causal:
         places = np.arange(y.shape[1])
         scores = np.where(places[None, :] > places[:, None], -1e30, scores)
+    if mask is not None:
+        scores = np.where(mask[:, None, None, :], scores, -1e30)
     mixed = np.einsum("bhnm,bhmk->bnhk", softmax(scores), value)
     out = np.einsum("bnhk,hkd->bnd", mixed, weights[f"{name}/attention_output/kernel"])
     return out + weights[f"{name}/attention_output/bias"]
@@ -48,12 +50,12 @@ def mlp(y, weights, prefix):
     return hidden @ weights[f"{prefix}_output/kernel"] + weights[f"{prefix}_output/bias"]
 
 
-def blocks(x, weights, depth, *, mixtures=None, qk_norm=False, is_causal=False):
+def blocks(x, weights, depth, *, mixtures=None, mask=None, **attention_arguments):
     """`mixtures`: block -> (layer name, function of inputs and the layer's own weights)."""
     for block in range(depth):
         name = f"block_{block}"
         y = layer_norm(x, weights, f"{name}_attention_norm")
-        x = x + attention(y, weights, f"{name}_attention", qk_norm=qk_norm, is_causal=is_causal)
+        x = x + attention(y, weights, f"{name}_attention", mask=mask, **attention_arguments)
         y = layer_norm(x, weights, f"{name}_feed_forward_norm")
         if block in (mixtures or {}):
             layer, run = mixtures[block]
