@@ -15,6 +15,7 @@ from keras import layers
 from keras_moe import _checks
 from keras_moe.initializers import derived_seed
 from keras_moe.models.history_mean import HistoryMean
+from keras_moe.models.masked_embedding import MaskedEmbedding
 from keras_moe.types import Tensor
 
 
@@ -89,7 +90,7 @@ class Categorical(Feature):
         """Returns the embedding, which histories share."""
         name = f"{self.name}_embedding"
         has_penalty = self.regularized and l2 > 0
-        return layers.Embedding(
+        return MaskedEmbedding(
             self.size,
             self.dim,
             embeddings_initializer=keras.initializers.RandomUniform(seed=derived_seed(seed, name)),
@@ -108,8 +109,8 @@ class History(Feature):
     """The last ids of another feature, such as the movies watched: the mean of their vectors.
 
     Input: int32 `(batch, length)` in any order, 0 where there is none. Zeros count for nothing, and
-    a history of zeros gives the zero vector. The vectors are those of the feature `of`, which is
-    regularized, or not, for both.
+    a history of zeros gives the zero vector; a mask of that shape leaves out more. The vectors are
+    those of the feature `of`, which is regularized, or not, for both.
 
     Args:
         name: Name of the input, the key in the dict that the model is called with.

@@ -6,6 +6,7 @@ import keras
 from keras import ops
 
 from keras_moe import _checks
+from keras_moe.models._masked_mean import masked_mean
 from keras_moe.types import Shape, Tensor
 
 
@@ -15,10 +16,13 @@ class HistoryMean(keras.layers.Layer):
 
     y[b,:] = sum_n [ids[b,n] != 0] x[b,n,:] / max(1, sum_n [ids[b,n] != 0])
 
-    `GlobalAveragePooling1D` with a mask divides by 0 for a history without any.
+    Places that a mask leaves out count for nothing either. `GlobalAveragePooling1D` with a mask
+    divides by 0 for a history without any.
 
     Call arguments:
         inputs: The vectors `(batch, n, d)` and the ids `(batch, n)`, in a list.
+        mask: A mask `(batch, n)` or None for each of them, in a list. Defaults to `None`, which
+            takes those that Keras hands on.
 
     Input shape:
         `[(batch, n, d), (batch, n)]`
@@ -44,15 +48,16 @@ class HistoryMean(keras.layers.Layer):
         if len(vectors) != 3 or len(ids) != 2:
             _checks.fail("`HistoryMean` expects [(batch, n, d), (batch, n)].", shapes=input_shape)
 
-    def call(self, inputs: Any) -> Tensor:
+    def call(self, inputs: Any, mask: Any = None) -> Tensor:
         vectors, ids = inputs
         known = ops.not_equal(ids, 0)
-        # In float32 at least: bfloat16 cannot add up a long history.
-        wide = keras.backend.result_type(self.compute_dtype, "float32")
-        kept = ops.where(known[..., None], ops.cast(vectors, wide), 0.0)
-        count = ops.sum(ops.cast(known, wide), axis=1)
-        mean = ops.sum(kept, axis=1) / ops.maximum(count, 1.0)[:, None]
-        return ops.cast(mean, self.compute_dtype)
+        for each in mask or ():
+            if each is not None:
+                known = ops.logical_and(known, ops.cast(each, "bool"))
+        return masked_mean(vectors, known, self.compute_dtype)
+
+    def compute_mask(self, inputs: Any, previous_mask: Any) -> None:
+        """Leaves no mask: the axis is gone."""
 
     def compute_output_shape(self, input_shape: Any) -> Shape:
         vectors = tuple(input_shape[0])

@@ -13,6 +13,7 @@ from keras_moe import _checks
 from keras_moe.initializers import derived_seed
 from keras_moe.layers import MMoE
 from keras_moe.layers.experts import checked_units
+from keras_moe.models._masked_model import MaskedModel
 from keras_moe.models.features import Categorical, Feature, History
 from keras_moe.types import Activation, Tensor
 
@@ -179,7 +180,7 @@ def multitask_ranker(
             bias_initializer=keras.initializers.Constant(starts[task]),
             dtype="float32",  # a probability near 1 has 2 digits in bfloat16
         )(y)
-    return keras.Model(inputs, outputs, name=name or trunk)
+    return MaskedModel(inputs, outputs, name=name or trunk)
 
 
 def _numbered(layer_name: str, index: int) -> str:

@@ -4,6 +4,7 @@ import keras
 
 from keras_moe import _checks
 from keras_moe.layers import MMoE
+from keras_moe.models._masked_model import MaskedModel
 
 
 def task_gates(model: keras.Model) -> keras.Model:
@@ -39,4 +40,4 @@ def task_gates(model: keras.Model) -> keras.Model:
         )
     (mmoe,) = mixtures
     _, routing = mmoe(mmoe.input, return_routing=True)
-    return keras.Model(model.input, routing.weights, name=f"{model.name}_gates")
+    return MaskedModel(model.input, routing.weights, name=f"{model.name}_gates")

@@ -9,6 +9,9 @@ from keras import layers
 from keras_moe import _checks
 from keras_moe.layers import MoE, SoftMoE, SwitchFFN
 from keras_moe.models import _blocks
+from keras_moe.models._masked_mean import MaskedMean
+from keras_moe.models._masked_model import MaskedModel
+from keras_moe.models._patch_embedding import PatchEmbedding
 from keras_moe.models.position_embedding import PositionEmbedding
 from keras_moe.types import Activation
 
@@ -56,6 +59,10 @@ def vit(
     Pre-norm, learned positions, global average pooling, no class token. The blocks of `moe_layers`
     have the feed-forward that is asked for, the others a dense one of `mlp_dim` hidden units.
     Initial weights follow `keras.utils.set_random_seed`.
+
+    `model(images, mask=mask)` takes a mask `(batch, height, width)`, True at pixels of the image,
+    for images that were filled up to one shape. Other pixels count as 0, and a patch without any
+    pixel of the image is padding to attention, mixtures and the mean.
 
     Args:
         input_shape: `(height, width, channels)` of the images, which divide into whole patches.
@@ -110,7 +117,7 @@ def vit(
         2023, "From Sparse to Soft Mixtures of Experts", section 3 (mixtures in the last half, no
         class token).
     """
-    rows, columns = _checked_patches(input_shape, patch_size)
+    _check_patches(input_shape, patch_size)
     sizes = _checked_sizes(size, width=width, depth=depth, num_heads=num_heads, mlp_dim=mlp_dim)
     if num_classes is not None:
         _checks.positive_int("num_classes", num_classes)
@@ -132,18 +139,18 @@ def vit(
         mixture_blocks=_blocks.checked_blocks(moe_layers, sizes["depth"]),
     )
     images = keras.Input(tuple(input_shape), name="images")
-    x = layers.Conv2D(
+    x = PatchEmbedding(
         sizes["width"],
         patch_size,
         strides=patch_size,
         data_format="channels_last",
         name="patch_embedding",
     )(images)
-    x = layers.Reshape((rows * columns, sizes["width"]), name="patches")(x)
-    x = PositionEmbedding(name="position_embedding")(x)
+    # A patch has the position of its place in the grid, also where others are padding.
+    x = PositionEmbedding(counts_padding=True, name="position_embedding")(x)
     x = blocks(_blocks.drop(x, dropout, "embedding_dropout"))
     x = _blocks.norm(x, "encoder_norm")
-    x = layers.GlobalAveragePooling1D(name="pooling")(x)
+    x = MaskedMean(name="pooling")(x)
     if num_classes is not None:
         # Zeros: the first predictions are uniform (Dosovitskiy et al.'s and V-MoE's code). float32:
         # a bfloat16 softmax over many classes does not sum to 1.
@@ -154,11 +161,11 @@ def vit(
             dtype="float32",
             name="head",
         )(x)
-    return keras.Model(images, x, name=name)
+    return MaskedModel(images, x, name=name)
 
 
-def _checked_patches(input_shape: Sequence[int], patch_size: int) -> tuple[int, int]:
-    """Returns the rows and columns of patches in an image."""
+def _check_patches(input_shape: Sequence[int], patch_size: int) -> None:
+    """Checks that an image divides into patches."""
     _checks.positive_int("patch_size", patch_size)
     shape = tuple(input_shape)
     if len(shape) != 3 or not all(isinstance(side, int) and side > 0 for side in shape):
@@ -174,7 +181,6 @@ def _checked_patches(input_shape: Sequence[int], patch_size: int) -> tuple[int, 
             input_shape=shape,
             patch_size=patch_size,
         )
-    return height // patch_size, width // patch_size
 
 
 def _checked_sizes(size: str | None, **given: int | None) -> dict[str, int]:
