@@ -14,9 +14,8 @@ import tensorflow as tf
 import tensorflow_recommenders as tfrs
 import tf_keras
 
-from keras_moe import layers, models
+from keras_moe import layers
 from keras_moe.integrations.tfrs import KerasBridge
-from tests.helpers import randomize_weights
 
 BATCH = 8
 RTOL = 1e-5
@@ -501,67 +500,6 @@ def test_an_explicit_mask_reaches_a_layer_of_several_tensors():
     mask = tf.constant([[True, False]])
     outputs = KerasBridge(MaskedSum())(tf.ones((1, 2)), tf.ones((1, 2)), mask=mask)
     np.testing.assert_array_equal(outputs, [[2.0, 0.0]])
-
-
-@pytest.mark.parametrize("functional_model", [False, True])
-def test_padding_of_a_decoder_enters_no_loss_of_keras_2(functional_model):
-    arguments = {"num_experts": 4, "balance_weight": 0.0, "z_loss_weight": 0.0}
-    inner = models.decoder(
-        7,
-        width=6,
-        depth=1,
-        num_heads=2,
-        padding_id=0,
-        feed_forward="moe",
-        feed_forward_arguments=arguments,
-    )
-    randomize_weights(inner)
-    bridge, ids = KerasBridge(inner), tokens()[:, ::-1]
-    model = tf_keras.Sequential([bridge])
-    if functional_model:
-        inputs = tf_keras.Input((None,), dtype="int32")
-        model = tf_keras.Model(inputs, bridge(inputs))
-    targets = (ids + 1) % 7
-    loss = tf_keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="none")
-    expected = loss(targets, inner(ids)).numpy()
-    model.compile("sgd", tf_keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-    found = model.evaluate(ids, targets, batch_size=BATCH, verbose=0)
-    assert found == pytest.approx(expected[ids != 0].mean(), rel=RTOL)
-    assert abs(found - expected.mean()) > 1e-2
-    model.fit(ids, targets, batch_size=BATCH, verbose=0)
-    assert inner.get_layer("block_0_moe").running_counts()["decisions"] == (ids != 0).sum()
-
-
-def test_a_mask_of_keras_2_reaches_a_decoder():
-    arguments = {"width": 6, "depth": 1, "num_heads": 2}
-    inner = models.decoder(7, **arguments)
-    randomize_weights(inner)
-    bridge, ids = KerasBridge(inner), tf.constant(tokens()[:, ::-1])
-    mask = ids != 0
-    expected = inner(ids, mask=mask)
-    assert np.abs(expected - inner(ids)).max() > 1e-3
-    implicit = tf.identity(ids)
-    implicit._keras_mask = mask
-    inputs = [tf_keras.Input((None,), dtype=dtype) for dtype in ("int32", "bool")]
-    model = tf_keras.Model(inputs, bridge(inputs[0], mask=inputs[1]))
-    for outputs in (bridge(ids, mask=mask), bridge(implicit), model([ids, mask])):
-        assert_same([outputs], [expected])
-        np.testing.assert_array_equal(outputs._keras_mask, mask)
-
-
-def test_a_mask_of_a_history_reaches_a_ranker():
-    described = [
-        models.features.Categorical("movie", 9),
-        models.features.History("recent", 5, of="movie"),
-    ]
-    inner = models.multitask_ranker(described, {"stars": "regression"})
-    randomize_weights(inner)
-    recent, mask = tf.constant(tokens()), tf.constant([[True, False, True, False, True]] * BATCH)
-    inputs = {"movie": tf.ones((BATCH,), "int32"), "recent": recent}
-    outputs = KerasBridge(inner)(inputs, mask={"movie": None, "recent": mask})
-    shorter = inner({**inputs, "recent": tf.where(mask, recent, 0)})
-    assert_same([outputs["stars"]], [shorter["stars"]])
-    assert np.abs(outputs["stars"] - inner(inputs)["stars"]).max() > 1e-3
 
 
 # --- losses --------------------------------------------------------------------------------------
