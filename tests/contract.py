@@ -304,6 +304,39 @@ def check_experts_start_different(case: Case) -> None:
         assert all(np.abs(other - first_kernel).max() > 1e-3 for other in same_shape)
 
 
+def check_frozen(case: Case) -> None:
+    """Frozen by argument, before or after building, from a config: nothing trains, no loss is left.
+
+    A part that is frozen alone stays frozen in what is made of the config.
+    """
+
+    def trained(layer: keras.layers.Layer) -> set[str]:
+        if not layer.built:
+            layer.build((None, 3, D))
+        return {v.path.removeprefix(f"{layer.name}/") for v in layer.variables if v.trainable}
+
+    by_argument, before, after = case.make(trainable=False), case.make(), case.make()
+    before.trainable = False
+    everything = trained(after)
+    assert len(everything) == case.trainable
+    after.trainable = False
+    for layer in (by_argument, before, after, case.layer.from_config(after.get_config())):
+        assert not trained(layer)
+        run(layer, tokens(), training=True)
+        assert not layer.losses
+    after.trainable = True
+    assert trained(after) == everything
+
+    for part in case.layer.parts:
+        layer = case.make()
+        if getattr(layer, part) is None:
+            continue
+        getattr(layer, part).trainable = False
+        others = {path for path in everything if not path.startswith(f"{part}/")}
+        assert trained(layer) == others
+        assert trained(case.layer.from_config(layer.get_config())) == others
+
+
 def check_mixed_precision(case: Case) -> None:
     """Outputs in the compute dtype, near the float32 ones; weights, routers and counts float32."""
     reference, x = case.make(**_without_drops(case)), tokens()

@@ -44,7 +44,8 @@ class ExpertMLP(SavesSeed):
 
     Args:
         num_experts: Positive integer, the number of experts E.
-        units: Positive integer or a sequence of them, the output width of each layer.
+        units: Positive integer or a sequence of them, the output width of each layer; None as the
+            last one for the inputs' width d.
         activation: Activation of the hidden layers. Defaults to `"gelu"`.
         gated: Whether hidden layers are gated linear units. Defaults to `False`.
         activate_last: Whether the last layer has the activation too, as in MMoE. Defaults to
@@ -91,7 +92,7 @@ class ExpertMLP(SavesSeed):
     def __init__(
         self,
         num_experts: int,
-        units: int | Sequence[int],
+        units: int | Sequence[int | None],
         activation: Activation = "gelu",
         *,
         gated: bool = False,
@@ -110,7 +111,7 @@ class ExpertMLP(SavesSeed):
     ) -> None:
         super().__init__(name=name_or_default(name, "expert_mlp"), **kwargs)
         self.num_experts = _checks.positive_int("num_experts", num_experts)
-        self.units = checked_units("units", units)
+        self.units = _checked_widths(units)
         self.activation = keras.activations.get(activation)
         self.gated = bool(gated)
         self.activate_last = bool(activate_last)
@@ -129,13 +130,17 @@ class ExpertMLP(SavesSeed):
         width = _checks.token_shape("ExpertMLP", tuple(input_shape), min_rank=3)
         self._kernels, self._biases = [], []
         self._gate_kernels, self._gate_biases = [], []
-        for index, units in enumerate(self.units):
+        for index, units in enumerate(self._widths(width)):
             self._kernels.append(self._add_kernel(f"kernel_{index}", width, units))
             self._biases.append(self._add_bias(f"bias_{index}", units))
             if self.gated and self._is_activated(index):
                 self._gate_kernels.append(self._add_kernel(f"gate_kernel_{index}", width, units))
                 self._gate_biases.append(self._add_bias(f"gate_bias_{index}", units))
             width = units
+
+    def _widths(self, width: int) -> list[int]:
+        """The output width of each layer, for inputs of a width."""
+        return [width if units is None else units for units in self.units]
 
     def _is_activated(self, index: int) -> bool:
         return self.activate_last or index < len(self.units) - 1
@@ -253,9 +258,9 @@ class ExpertMLP(SavesSeed):
         stages = self._stages()
         if not training or self.seed_generator is None:
             return stages
-        for index, units in enumerate(self.units):
+        for index, kernel in enumerate(self._kernels):
             if self._is_activated(index):
-                ones = ops.ones((count, units), dtype=self.compute_dtype)
+                ones = ops.ones((count, kernel.shape[-1]), dtype=self.compute_dtype)
                 scale = keras.random.dropout(ones, self.dropout, seed=self.seed_generator)
                 stages[index] = stages[index]._replace(scale=scale)
         return stages
@@ -278,17 +283,19 @@ class ExpertMLP(SavesSeed):
         grouped: Grouped | None = None,
         training: bool | None = None,
     ) -> Tensor:
+        width = self._widths(inputs.shape[-1])[-1]
         if grouped is not None:
-            return keras.KerasTensor((inputs.shape[0], self.units[-1]), dtype=self.compute_dtype)
+            return keras.KerasTensor((inputs.shape[0], width), dtype=self.compute_dtype)
         if block_experts is None:
             self._check_bank_size(inputs)
             first = self.num_experts
         else:
             first = inputs.shape[0]
-        return keras.KerasTensor((first, inputs.shape[1], self.units[-1]), dtype=self.compute_dtype)
+        return keras.KerasTensor((first, inputs.shape[1], width), dtype=self.compute_dtype)
 
     def compute_output_shape(self, input_shape: Shape) -> Shape:
-        return (self.num_experts, tuple(input_shape)[1], self.units[-1])
+        width = _checks.token_shape("ExpertMLP", tuple(input_shape), min_rank=3)
+        return (self.num_experts, tuple(input_shape)[1], self._widths(width)[-1])
 
     def get_config(self) -> Config:
         config: Config = super().get_config()
@@ -331,6 +338,12 @@ def _take_experts(bank: Tensor, experts: Tensor) -> Tensor:
     """
     rows = ops.reshape(bank, (bank.shape[0], math.prod(bank.shape[1:])))
     return ops.reshape(ops.take(rows, experts, axis=0), (-1, *bank.shape[1:]))
+
+
+def _checked_widths(units: Any) -> tuple[int | None, ...]:
+    if isinstance(units, list | tuple) and units and units[-1] is None:
+        return (*checked_units("units", units[:-1]), None)
+    return checked_units("units", units)
 
 
 def checked_units(name: str, units: Any) -> tuple[int, ...]:

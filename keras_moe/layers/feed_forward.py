@@ -9,6 +9,7 @@ from keras import ops
 from keras_moe import _checks
 from keras_moe.initializers import derived_seed, reseeded
 from keras_moe.layers.experts import ExpertMLP
+from keras_moe.layers.freezing import FreezesParts
 from keras_moe.layers.layer_experts import LayerExperts
 from keras_moe.layers.rematerialization import RematerializesExperts
 from keras_moe.layers.sublayers import adopt, build_once, config_of
@@ -25,7 +26,7 @@ from keras_moe.types import (
 _NAMED_EXPERTS = {"mlp": False, "glu": True}  # name -> gated
 
 
-class ExpertFeedForward(RematerializesExperts):
+class ExpertFeedForward(FreezesParts, RematerializesExperts):
     """Base of layers whose experts are feed-forward networks `(..., d) -> (..., output_dim)`.
 
     Args:
@@ -95,7 +96,7 @@ class ExpertFeedForward(RematerializesExperts):
             )
 
     def _given_experts(self, experts: Any) -> Any:
-        """The bank where experts are objects; named ones are made once d is known, None here."""
+        """The bank where experts are objects; named ones are made by `_make_experts`, None here."""
         if isinstance(experts, str):
             _checks.one_of("experts", experts, _NAMED_EXPERTS)
             return None
@@ -119,15 +120,18 @@ class ExpertFeedForward(RematerializesExperts):
             )
         return LayerExperts(experts, self.num_experts, name="experts", dtype=self.dtype_policy)
 
+    def _make_experts(self) -> None:
+        """Makes the bank of named experts; after the router, whose weights come first."""
+        if self._experts_name is not None:
+            self.experts = self._mlp(self.num_experts, "experts")
+
     def _build_experts(self, width: int) -> None:
-        if self.experts is None:
-            self.experts = self._mlp(self.num_experts, self.output_dim or width, "experts")
         build_once(self.experts, (self.num_experts, None, width))
 
-    def _mlp(self, num_experts: int, output_dim: int, name: str) -> ExpertMLP:
+    def _mlp(self, num_experts: int, name: str) -> ExpertMLP:
         return ExpertMLP(
             num_experts,
-            (self.hidden_dim or output_dim, output_dim),
+            (_checks.positive_int("hidden_dim", self.hidden_dim), self.output_dim),
             self.activation,
             gated=_NAMED_EXPERTS.get(self._experts_name or "mlp", False),
             dropout=self.dropout,

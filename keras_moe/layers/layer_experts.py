@@ -8,6 +8,7 @@ from keras import ops
 
 from keras_moe import _checks
 from keras_moe.initializers import reseeded_config
+from keras_moe.layers.freezing import freeze_parts
 from keras_moe.layers.sublayers import adopt, build_by_call, config_of
 from keras_moe.types import Config, Shape, Tensor
 
@@ -75,6 +76,7 @@ class LayerExperts(keras.layers.Layer):
         for expert in copies:
             adopt(expert)
         self.experts = copies
+        freeze_parts(self)
 
     @staticmethod
     def _copy(template: Config, expert: int) -> keras.layers.Layer:
@@ -86,6 +88,7 @@ class LayerExperts(keras.layers.Layer):
         row_shape = (None, *tuple(input_shape)[2:])
         for expert in self.experts:
             build_by_call(expert, row_shape)
+            freeze_parts(expert)
 
     def call(
         self,

@@ -10,6 +10,7 @@ from keras_moe import _checks, _numerics
 from keras_moe.initializers import derived_seed, reseeded
 from keras_moe.layers.experts import ExpertMLP, checked_units
 from keras_moe.layers.feed_forward import flat_mask, zero_where_padded
+from keras_moe.layers.freezing import FreezesParts, freeze_parts
 from keras_moe.layers.naming import name_or_default
 from keras_moe.layers.rematerialization import RematerializesExperts
 from keras_moe.layers.running_sums import RunningSums, check_built
@@ -28,7 +29,7 @@ from keras_moe.types import (
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
-class MMoE(RematerializesExperts):
+class MMoE(FreezesParts, RematerializesExperts):
     """Experts that all tasks share, and one gate per task that mixes them.
 
     gates[n,t,:] = softmax(x[n,:] @ kernel[t])
@@ -95,6 +96,8 @@ class MMoE(RematerializesExperts):
         Ma et al. 2018, "Modeling Task Relationships in Multi-task Learning with Multi-gate
         Mixture-of-Experts", section 4.2.
     """
+
+    parts = ("gates", "gate_hidden", "experts")
 
     def __init__(
         self,
@@ -165,6 +168,7 @@ class MMoE(RematerializesExperts):
             )
         self._gate_argument = gate
         self.gates = self._gates(gate)
+        freeze_parts(self)
 
     def _gates(self, gate: Any) -> SoftmaxGate:
         if gate == "softmax":

@@ -22,6 +22,7 @@ from keras_moe.layers.feed_forward import (
     flat_token_ids,
     zero_where_padded,
 )
+from keras_moe.layers.freezing import freeze_parts
 from keras_moe.layers.naming import name_or_default
 from keras_moe.layers.routing_counts import RoutingCounts
 from keras_moe.layers.running_sums import check_built
@@ -135,6 +136,8 @@ class MoE(ExpertFeedForward):
         "Switch Transformers", section 2 (capacity, balance loss).
     """
 
+    parts = ("router", "experts", "shared_experts")
+
     def __init__(
         self,
         num_experts: int,
@@ -243,6 +246,10 @@ class MoE(ExpertFeedForward):
             chooses_tokens=self.router.chooses_tokens,
         )
         self.shared_experts: ExpertMLP | None = None
+        self._make_experts()
+        if self.num_shared_experts:
+            self.shared_experts = self._mlp(self.num_shared_experts, "shared_experts")
+        freeze_parts(self)
 
     def _check_router(self) -> None:
         """Fails where the router cannot do what the layer is asked for."""
@@ -269,9 +276,9 @@ class MoE(ExpertFeedForward):
         self.input_spec = keras.layers.InputSpec(min_ndim=2, axes={-1: width})
         build_once(self.router, (None, width))
         self._build_experts(width)
-        if self.num_shared_experts:
-            output_dim = self._output_width(width)
-            self.shared_experts = self._mlp(self.num_shared_experts, output_dim, "shared_experts")
+        if self.shared_experts is not None:
+            hidden, _ = self.shared_experts.units
+            self.shared_experts.units = (hidden, self._output_width(width))
             self.shared_experts.build((1, None, width))
         self._counts = RoutingCounts(self, self.num_experts)
 
@@ -432,7 +439,7 @@ class MoE(ExpertFeedForward):
             self.num_experts,
             self.router.experts_per_token,
             slots=0 if capacity is None else capacity * self.num_experts,
-            is_bank=self.experts is None or takes_groups(self.experts),
+            is_bank=takes_groups(self.experts),
             dtype=self.compute_dtype,
             training=training,
         )

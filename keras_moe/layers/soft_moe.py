@@ -13,6 +13,7 @@ from keras_moe.layers.feed_forward import (
     flat_mask,
     zero_where_padded,
 )
+from keras_moe.layers.freezing import freeze_parts
 from keras_moe.layers.naming import name_or_default
 from keras_moe.layers.running_sums import check_built
 from keras_moe.layers.soft_counts import SoftCounts
@@ -111,6 +112,8 @@ class SoftMoE(ExpertFeedForward):
         table 2 and appendix A for `mixing`.
     """
 
+    parts = ("router", "experts")
+
     def __init__(
         self,
         num_experts: int,
@@ -171,6 +174,8 @@ class SoftMoE(ExpertFeedForward):
             name="router",
         )
         self.mixing = self.router.mixing
+        self._make_experts()
+        freeze_parts(self)
 
     def build(self, input_shape: Any) -> None:
         width = _checks.token_shape("SoftMoE", tuple(input_shape))

@@ -4,6 +4,7 @@ from typing import Any
 
 import keras
 
+from keras_moe.layers.freezing import freeze_parts
 from keras_moe.types import Shape, Tensor
 
 
@@ -52,6 +53,7 @@ class QKNormAttention(keras.layers.MultiHeadAttention):
         per_head: Shape = (None, None, self.num_heads, self.key_dim)
         self.query_norm.build(per_head)
         self.key_norm.build(per_head)
+        freeze_parts(self)  # Keras makes the projections in `build`, and leaves them trainable
 
     def _compute_attention(self, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Keras's own place to change how attention is computed from the projections."""

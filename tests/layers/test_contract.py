@@ -268,6 +268,7 @@ CHECKS = [
     contract.check_padding_is_not_counted,
     contract.check_bad_row_stays_alone,
     contract.check_experts_start_different,
+    contract.check_frozen,
     contract.check_mixed_precision,
     contract.check_pure_precision,
     contract.check_return_routing,
