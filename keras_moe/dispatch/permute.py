@@ -72,6 +72,8 @@ def combine(outputs: Tensor, slots: Slots, weights: Tensor) -> tuple[Tensor, Ten
     top_k = weights.shape[-1]
     total = ops.shape(slots.slot_of)[0]
     source, is_kept = slots_by_choice(slots, top_k)
+    if isinstance(total, int) and total == 0:
+        return outputs[:0], ops.transpose(is_kept)
     is_filled = slots.assignment < total
     assignment = ops.where(is_filled, slots.assignment, 0)
     token = assignment % at_least(total // top_k, 1)

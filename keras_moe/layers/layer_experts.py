@@ -7,6 +7,7 @@ import keras
 from keras import ops
 
 from keras_moe import _checks
+from keras_moe.dispatch import backend
 from keras_moe.initializers import reseeded_config
 from keras_moe.layers.freezing import freeze_parts
 from keras_moe.layers.sublayers import adopt, build_by_call, config_of
@@ -97,7 +98,9 @@ class LayerExperts(keras.layers.Layer):
         training: bool | None = None,
     ) -> Tensor:
         if block_experts is not None:
-            return self._call_blocks(inputs, block_experts, training)
+            outputs = self._call_blocks(inputs, block_experts, training)
+            trained = [v.value for e in self.experts for v in e.trainable_variables]
+            return backend.reach(outputs, trained)
         if inputs.shape[0] == 1:
             rows = [inputs[0]] * self.num_experts
         else:
@@ -109,6 +112,9 @@ class LayerExperts(keras.layers.Layer):
 
     def _call_blocks(self, blocks: Tensor, block_experts: Tensor, training: bool | None) -> Tensor:
         """Runs one expert per block: a loop over blocks with a switch over experts."""
+        if blocks.shape[0] == 0:  # PyTorch maps over nothing to nothing, without a shape
+            _, *rest = self.compute_output_shape(tuple(blocks.shape))
+            return ops.zeros((0, *rest), dtype=self.compute_dtype)
         states = [[(v, v.value) for v in expert.variables] for expert in self.experts]
 
         def branch(index: int) -> Callable[[Tensor, Tensor], Tensor]:

@@ -7,17 +7,27 @@ A backend's module has:
 - `row_padding(total, num_experts)`: rows that it needs behind the last one;
 - `is_on_cpu(tensor)`;
 - `with_gradient` and `inverse_permutation`, where Keras's own will not do;
+- `reach(outputs, variables)`, where what a batch does not reach has no gradient otherwise;
 - `is_traced_for_export()` and `sort_for_export(bin_of, num_bins)`, where exports need them;
 - `grouped_matmul(rows, kernel, ends)` and `may_have_grouped_matmul()`: the platform's
   native grouped matmul, where there is one.
 """
 
 import importlib
+from collections.abc import Sequence
 from types import ModuleType
 
 import keras
 
+from keras_moe.types import Tensor
+
 _BACKENDS = ("jax", "tensorflow", "torch")
+
+
+def reach(outputs: Tensor, variables: Sequence[Tensor]) -> Tensor:
+    """The outputs, by which each variable has a gradient, 0 where it took no part in them."""
+    own = getattr(current(), "reach", None)
+    return outputs if own is None else own(outputs, variables)
 
 
 def is_traced_for_export() -> bool:

@@ -26,6 +26,30 @@ def row_padding(total: int, num_experts: int) -> int:
     return 0
 
 
+def reach(outputs: Tensor, variables: Sequence[Tensor]) -> Tensor:
+    """Lets the outputs depend on variables that did not take part in them: their gradient is 0.
+
+    PyTorch has no gradient for what a batch does not reach, and Keras's optimizers then leave such
+    a variable out: no momentum, no decay, and what was accumulated for it is lost.
+    """
+    return _Reach.apply(outputs, *variables)
+
+
+class _Reach(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, outputs: Tensor, *variables: Tensor) -> Tensor:
+        ctx.save_for_backward(*variables)
+        return outputs.view_as(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        zeros = (
+            torch.zeros_like(each) if is_needed else None
+            for each, is_needed in zip(ctx.saved_tensors, ctx.needs_input_grad[1:], strict=True)
+        )
+        return upstream, *zeros
+
+
 @torch.compiler.disable  # the loop's bounds are data; `torch.compile` goes on after it
 def carry(
     tokens: Tensor, weights: Tensor, slots: Slots, ends: Tensor, stages: Sequence[Stage]
@@ -44,7 +68,9 @@ def carry(
     """
     count, top_k = weights.shape
     if count == 0:
-        return tokens.new_zeros(0, stages[-1].kernels[0].shape[-1])
+        weights_of_experts = [each for stage in stages for each in (*stage.kernels, *stage.biases)]
+        nothing = tokens.new_zeros(0, stages[-1].kernels[0].shape[-1])
+        return reach(nothing, weights_of_experts)
     # An assignment without an expert finds its zero in the last slot, which then has none either.
     slot_of = slots.slot_of.clamp(max=count * top_k - 1).view(top_k, count)
     token_of = slots.assignment % count
