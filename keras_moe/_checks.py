@@ -93,6 +93,21 @@ def one_of(name: str, value: Any, known: Collection[str]) -> str:
     return str(value)
 
 
+def keras_layer(name: str, value: Any) -> keras.layers.Layer:
+    """Returns `value` if it is a layer or model of Keras 3."""
+    if not isinstance(value, keras.layers.Layer):
+        fail(f"`{name}` must be a Keras 3 model or layer.", **{f"type({name})": type(value)})
+    return value
+
+
+def built(name: str, value: Any) -> keras.layers.Layer:
+    """Returns `value` if it is a layer or model of Keras 3 that is built."""
+    layer = keras_layer(name, value)
+    if not layer.built:
+        fail(f"`{name}` must be built: call it once.", **{name: value})
+    return layer
+
+
 def token_shape(layer: str, shape: Shape, min_rank: int = 2) -> int:
     """Returns the model width d of inputs `(..., d)`."""
     if len(shape) < min_rank:

@@ -3,14 +3,26 @@
 from collections import Counter
 from typing import Any
 
+from keras_moe import _checks
+
 
 def mixture_layers(model: Any) -> list[Any]:
-    """All built layers of a model, nested ones too, that keep running counts."""
+    """All built layers of a model, nested ones too, that keep running counts, in its order."""
+    found: dict[int, Any] = {}
+    _collect(_checks.keras_layer("model", model), found)
     return [
         layer
-        for layer in model._flatten_layers()
+        for layer in found.values()
         if callable(getattr(layer, "running_counts", None)) and layer.built
     ]
+
+
+def _collect(layer: Any, found: dict[int, Any]) -> None:
+    """Adds a layer and what it holds, once each; Keras's own list has nested layers backwards."""
+    if id(layer) not in found:
+        found[id(layer)] = layer
+        for sublayer in layer._flatten_layers(include_self=False, recursive=False):
+            _collect(sublayer, found)
 
 
 def unique_names(layers: list[Any]) -> list[tuple[str, Any]]:
@@ -22,3 +34,35 @@ def unique_names(layers: list[Any]) -> list[tuple[str, Any]]:
         count = seen[layer.name]
         named.append((layer.name if count == 1 else f"{layer.name}#{count}", layer))
     return named
+
+
+def named_layers(model: Any) -> list[tuple[str, Any]]:
+    """The mixture layers of a model by name."""
+    return unique_names(mixture_layers(model))
+
+
+def one_layer(
+    model: Any, by_layer: dict[str, Any], layer: str | None, kind: str
+) -> tuple[str, Any]:
+    """The named layer's entry, or the only one.
+
+    Args:
+        model: the model, for the message.
+        by_layer: what there is to choose from, by layer name.
+        layer: a name, or None.
+        kind: what the layers must be, with its article.
+
+    Raises:
+        ValueError: where there is none, or several and no name.
+    """
+    if layer is None and len(by_layer) == 1:
+        return next(iter(by_layer.items()))
+    if not by_layer:
+        _checks.fail(
+            f"`model` must have {kind}, and must have been called once.",
+            model=model.name,
+            mixtures=[name for name, _ in named_layers(model)],
+        )
+    if layer not in by_layer:
+        _checks.fail(f"`layer` must name {kind}: one of {sorted(by_layer)}.", layer=layer)
+    return str(layer), by_layer[str(layer)]

@@ -1,14 +1,14 @@
 """Who went where, in the calls of a whole model."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import keras
 from keras import ops
 
 from keras_moe import _checks
-from keras_moe._mixtures import mixture_layers, unique_names
+from keras_moe._mixtures import named_layers
 
 
 @contextmanager
@@ -19,15 +19,17 @@ def record_routing(model: Any) -> Iterator[dict[str, list[Any]]]:
     cannot be read.
 
     Args:
-        model: A built model, or one of our layers.
+        model: A built model of any kind, or a layer.
 
     Returns:
         A context that gives a dict: by layer name ("moe", then "moe#2" for a second "moe"), a
         record of NumPy arrays per call, as `return_routing=True` would give it: a
-        `keras_moe.Routing`, `SoftRouting` or `GateRouting`.
+        `keras_moe.Routing`, `SoftRouting` or `GateRouting`. A layer that the model calls twice has
+        two records per call of the model.
 
     Raises:
-        ValueError: where the model has no mixture layer that is built, or is called compiled.
+        ValueError: where the model is none, has no mixture layer that is built, or is called
+            compiled.
 
     Example:
 
@@ -40,19 +42,29 @@ def record_routing(model: Any) -> Iterator[dict[str, list[Any]]]:
     >>> records["moe"][0].experts.shape
     (6, 2)
     """
-    named = unique_names(mixture_layers(model))
-    if not named:
-        _checks.fail(
-            "`model` must have a mixture layer that is built: call it once.", model=model.name
-        )
+    named = _named_mixtures(model)
     records: dict[str, list[Any]] = {name: [] for name, _ in named}
-    try:
+    with ExitStack() as restored:
         for name, layer in named:
-            layer._recorder = _appender(records[name])
+            restored.enter_context(listening(layer, _appender(records[name])))
         yield records
+
+
+@contextmanager
+def listening(layer: Any, listener: Callable[[Any], None]) -> Iterator[None]:
+    """Hands the record of each call of a mixture layer to a function, as it hands it to others."""
+    before = layer._recorder
+
+    def both(record: Any) -> None:
+        listener(record)
+        if before is not None:
+            before(record)
+
+    layer._recorder = both
+    try:
+        yield
     finally:
-        for _, layer in named:
-            layer._recorder = None
+        layer._recorder = before
 
 
 @contextmanager
@@ -60,31 +72,51 @@ def count_routing(model: Any) -> Iterator[dict[str, dict[str, Any]]]:
     """Lets every mixture layer count in inference too, in the calls inside the context.
 
     Args:
-        model: A built model, or one of our layers.
+        model: A built model of any kind, or a layer.
 
     Returns:
         A context that gives a dict, filled at its end: by layer name, what `running_counts` would
         say of these calls alone. The layers' own counts are left as they were.
+
+    Raises:
+        ValueError: where the model is none, or has no mixture layer that is built.
     """
-    named = unique_names(mixture_layers(model))
     found: dict[str, dict[str, Any]] = {}
-    before = {name: _counters(layer) for name, layer in named}
-    try:
-        for _, layer in named:
-            layer.reset_running_counts()
-            layer._counts_always = True
+    with ExitStack() as restored:
+        counting = [
+            (name, layer, restored.enter_context(_counting(layer)))
+            for name, layer in _named_mixtures(model)
+        ]
         yield found
-        found |= {name: layer.running_counts() for name, layer in named}
+        for name, layer, before in counting:
+            now = layer.running_counts()
+            found[name] = {key: value - before[key] for key, value in now.items()}
+
+
+@contextmanager
+def _counting(layer: Any) -> Iterator[dict[str, Any]]:
+    """Lets a layer count in inference; gives its counts before."""
+    if layer._counts_always:  # for a context around this one, which wants these calls too
+        yield layer.running_counts()
+        return
+    before = [(each, ops.convert_to_numpy(each).copy()) for each in layer._non_trainable_variables]
+    layer._counts_always = True
+    layer.reset_running_counts()  # small sums keep their digits
+    try:
+        yield layer.running_counts()
     finally:
-        for name, layer in named:
-            layer._counts_always = False
-            for variable, value in before[name]:
-                variable.assign(value)
+        layer._counts_always = False
+        for variable, value in before:
+            variable.assign(value)
 
 
-def _counters(layer: Any) -> list[tuple[Any, Any]]:
-    """The weights that a layer counts in, and copies of their values."""
-    return [(each, ops.convert_to_numpy(each).copy()) for each in layer._non_trainable_variables]
+def _named_mixtures(model: Any) -> list[tuple[str, Any]]:
+    named = named_layers(model)
+    if not named:
+        _checks.fail(
+            "`model` must have a mixture layer that is built: call it once.", model=model.name
+        )
+    return named
 
 
 def _appender(records: list[Any]) -> Callable[[Any], None]:
@@ -94,7 +126,8 @@ def _appender(records: list[Any]) -> Callable[[Any], None]:
         except Exception as error:  # a tracer of jit, or a tensor of a graph
             raise ValueError(
                 "`record_routing` reads what an eager call decides: call `model(x)`, not "
-                f"`predict` or `fit`. Received: {type(error).__name__}"
+                "`predict` or `fit`; and not where the backend compiles a part of that call, as "
+                f"JAX does an RNN and `keras.remat`. Received: {type(error).__name__}"
             ) from error
 
     return append

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 
 from keras_moe import _checks
-from keras_moe._mixtures import mixture_layers, unique_names
+from keras_moe._mixtures import named_layers
 from keras_moe.callbacks.alarms import ExpertAlarm, alarms
 from keras_moe.callbacks.health import BY_DEFAULT, NAMES, Counts, difference
 from keras_moe.callbacks.layer_numbers import layer_numbers
@@ -101,8 +101,7 @@ class ExpertMonitor(keras.callbacks.Callback):
         self.metrics = _metric_names(metrics)
         self.alarms = bool(alarms)
         self.csv, self.json, self.log_dir = csv, json, log_dir
-        self._layers: list[Any] = []
-        self._before: list[Counts] = []
+        self._before: dict[int, Counts] = {}
         self._latest: dict[str, float] = {}
         self._raised: set[tuple[str, str]] = set()
         self._writers: list[Writer] = []
@@ -113,8 +112,7 @@ class ExpertMonitor(keras.callbacks.Callback):
         self._writers = [make(Path(path)) for path, make in paths if path is not None]
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        self._layers = mixture_layers(self.model)
-        self._before = self._read()
+        self._before = {id(layer): counts for _, layer, counts in self._read()}
         self._latest = {}
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
@@ -152,8 +150,11 @@ class ExpertMonitor(keras.callbacks.Callback):
 
     def _new(self) -> list[tuple[str, Any, Counts]]:
         """By layer, what was counted in this epoch."""
-        read = zip(unique_names(self._layers), self._read(), self._before, strict=True)
-        return [(name, layer, difference(now, before)) for (name, layer), now, before in read]
+        before = self._before  # lacks the layers that TensorFlow's first step builds
+        return [
+            (name, layer, difference(now, before[id(layer)]) if id(layer) in before else now)
+            for name, layer, now in self._read()
+        ]
 
     @staticmethod
     def _scalars(new: Sequence[tuple[str, Any, Counts]], wanted: Sequence[str]) -> dict[str, float]:
@@ -163,10 +164,10 @@ class ExpertMonitor(keras.callbacks.Callback):
             for key, value in layer_numbers(layer, counts, wanted).items()
         }
 
-    def _read(self) -> list[Counts]:
+    def _read(self) -> list[tuple[str, Any, Counts]]:
         # The JAX trainer keeps the state outside of the variables until it is asked for.
         getattr(self.model, "jax_state_sync", _nothing)()
-        return [layer.running_counts() for layer in self._layers]
+        return [(name, layer, layer.running_counts()) for name, layer in named_layers(self.model)]
 
     def get_config(self) -> dict[str, Any]:
         paths = {"csv": self.csv, "json": self.json, "log_dir": self.log_dir}

@@ -148,9 +148,7 @@ def multitask_ranker(
         x = drop(_numbered("shared_dropout", index))(x)
 
     if trunk == "mmoe":
-        # With the routing already here: Keras 3.15 cannot build a model on a later call of a layer
-        # that returns more than its first call did, and `task_gates` makes such a call.
-        mixed, _ = MMoE(
+        mixed = MMoE(
             num_experts,
             expert_widths,
             tasks=list(tasks),
@@ -160,7 +158,7 @@ def multitask_ranker(
             gate_initializer=keras.initializers.GlorotUniform(derived_seed(seed, "gates")),
             seed=derived_seed(seed, "mmoe"),
             name="mmoe",
-        )(x, return_routing=True)
+        )(x)
     else:
         read_by = len(tasks) * (tower_widths or (1,))[0]
         widths = _bottom_widths(x.shape[-1], len(tasks), num_experts, expert_widths, read_by)

@@ -1,12 +1,14 @@
 """What the layers of a model decide about data, as arrays for a picture."""
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
+from keras import ops
 
 from keras_moe import _checks
-from keras_moe._mixtures import mixture_layers, unique_names
+from keras_moe._mixtures import named_layers, one_layer
 from keras_moe.recording import record_routing
 
 # What is read of a layer that sends tokens to experts, and of one that mixes them into slots.
@@ -16,7 +18,19 @@ SOFT = ("combine",)
 GATES = ("weights",)
 
 
-def records_of(model: Any, x: Any, batch_size: int, *kinds: tuple[str, ...]) -> dict[str, Any]:
+class Record(NamedTuple):
+    """What a layer decides about some data, in one of its calls.
+
+    Attributes:
+        layer: the layer.
+        fields: arrays by field of its routing record, batches joined.
+    """
+
+    layer: Any
+    fields: dict[str, Any]
+
+
+def records_of(model: Any, x: Any, batch_size: int, *kinds: tuple[str, ...]) -> dict[str, Record]:
     """What the mixture layers decide about `x`, batches joined.
 
     Args:
@@ -26,88 +40,122 @@ def records_of(model: Any, x: Any, batch_size: int, *kinds: tuple[str, ...]) -> 
         *kinds: The fields to keep of a record: of the first kind whose fields it has all.
 
     Returns:
-        By layer name, a dict of arrays by field, of the layers whose records are of a kind.
+        Records by layer name, of the layers whose records are of a kind. A layer that the model
+        calls several times has one per call, "moe (call 1)" and so on.
     """
-    parts: dict[str, dict[str, list[Any]]] = {}
-    for start in range(0, len(keras.tree.flatten(x)[0]), batch_size):
-        batch = keras.tree.map_structure(lambda each, at=start: each[at : at + batch_size], x)
+    layers = dict(named_layers(model))
+    parts: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for batch in _batches(x, batch_size):
         with record_routing(model) as records:
             model(batch, training=False)
         for name, calls in records.items():
-            for record in calls:
-                fields = next((kind for kind in kinds if _has(record, kind)), ())
-                for field in fields:
-                    found = parts.setdefault(name, {each: [] for each in fields})
-                    found[field].append(getattr(record, field))
+            for number, record in enumerate(calls, start=1):
+                fields = next((kind for kind in kinds if _has(record, kind)), None)
+                if fields is not None:
+                    found = {field: getattr(record, field) for field in fields}
+                    parts.setdefault((name, number), []).append(found)
+    several = {name for name, number in parts if number > 1}
     return {
-        name: {field: np.concatenate(arrays) for field, arrays in found.items()}
-        for name, found in parts.items()
+        f"{name} (call {number})" if name in several else name: Record(
+            layers[name],
+            {field: np.concatenate([each[field] for each in found]) for field in found[0]},
+        )
+        for (name, number), found in parts.items()
     }
 
 
-def one_layer(by_layer: dict[str, Any], layer: str | None, kind: str) -> tuple[str, Any]:
-    """The named layer's entry, or the only one.
-
-    Raises:
-        ValueError: where there is none, or several and no name.
-    """
-    if layer is None and len(by_layer) == 1:
-        return next(iter(by_layer.items()))
-    if layer not in by_layer:
-        _checks.fail(f"`layer` must name {kind}: one of {sorted(by_layer)}.", layer=layer)
-    return str(layer), by_layer[str(layer)]
-
-
-def named_layers(model: Any) -> list[tuple[str, Any]]:
-    """The mixture layers of a model by name."""
-    return unique_names(mixture_layers(model))
-
-
-def sizes_of(model: Any) -> dict[str, int]:
-    """How many experts each mixture layer of a model has."""
-    return {name: layer.num_experts for name, layer in named_layers(model)}
+def _batches(x: Any, batch_size: int) -> Iterator[Any]:
+    _checks.positive_int("batch_size", batch_size)
+    arrays = _arrays(x)
+    if not all(len(getattr(each, "shape", ())) for each in arrays):
+        _checks.fail(
+            "`x` must be an array, or a dict or list of arrays.",
+            types=sorted({type(each).__name__ for each in arrays}),
+        )
+    counts = {len(each) for each in arrays}
+    if len(counts) != 1 or 0 in counts:
+        _checks.fail(
+            "`x` must have at least one example, and as many in each array.",
+            shapes=[tuple(each.shape) for each in arrays],
+        )
+    x = keras.tree.map_structure(
+        lambda each: each if ops.is_tensor(each) else np.asarray(each), x, none_is_leaf=False
+    )
+    for start in range(0, counts.pop(), batch_size):
+        yield examples_at(x, slice(start, start + batch_size))
 
 
-def takers_of(record: dict[str, Any], num_experts: int) -> Any:
+def _arrays(x: Any) -> list[Any]:
+    """The inputs one by one, but for optional ones that are not given."""
+    return [each for each in keras.tree.flatten(x) if each is not None]
+
+
+def example_count(x: Any) -> int:
+    """How many examples the inputs are."""
+    return len(next(iter(_arrays(x)), ()))
+
+
+def examples_at(x: Any, places: Any) -> Any:
+    """Some of the examples, by a slice or their places."""
+    return keras.tree.map_structure(lambda each: each[places], x, none_is_leaf=False)
+
+
+def is_by_example(record: Record, count: int) -> bool:
+    """Whether the first axis of what a layer decides is that of the examples."""
+    return all(len(each) == count for each in record.fields.values())
+
+
+def check_by_example(name: str, record: Record, x: Any) -> None:
+    """Fails where a layer decides about something else than examples or their tokens."""
+    count = example_count(x)
+    if not is_by_example(record, count):
+        _checks.fail(
+            f"`layer` must name one whose inputs have the {count} examples of `x` on their first "
+            "axis.",
+            layer=name,
+            length=len(next(iter(record.fields.values()))),
+        )
+
+
+def takers_of(record: Record) -> Any:
     """Which experts of a sparse layer take a token, bool `(..., E)`: none that dropped it."""
-    chosen = record["experts"][..., None] == np.arange(num_experts)
-    return (chosen & record["kept"][..., None]).any(axis=-2)
+    chosen = record.fields["experts"][..., None] == np.arange(record.layer.num_experts)
+    return (chosen & record.fields["kept"][..., None]).any(axis=-2)
 
 
-def weights_of(record: dict[str, Any], num_experts: int) -> Any:
+def weights_of(record: Record) -> Any:
     """What tokens take of each expert, `(..., E)`, 0 where it was not chosen or had no room.
 
     Of a soft layer, the combine weights of the expert's slots together.
     """
-    if "combine" in record:
-        return np.nan_to_num(record["combine"].astype(np.float64)).sum(axis=-1)
+    fields = record.fields
+    if "combine" in fields:
+        return np.nan_to_num(fields["combine"].astype(np.float64)).sum(axis=-1)
     # Before the product: a NaN counts for none of the experts, and 0 * NaN for all.
-    weights = np.nan_to_num(record["weights"].astype(np.float64)) * record["kept"]
-    chosen = record["experts"][..., None] == np.arange(num_experts)
+    weights = np.nan_to_num(fields["weights"].astype(np.float64)) * fields["kept"]
+    chosen = fields["experts"][..., None] == np.arange(record.layer.num_experts)
     return (chosen * weights[..., None]).sum(axis=-2)
 
 
-def expert_weights(model: Any, x: Any, layer: str | None, batch_size: int) -> tuple[str, Any]:
-    """A sparse or soft layer's name, and `weights_of` what it decides about `x`."""
-    found = records_of(model, x, batch_size, SPARSE, SOFT)
+def expert_weights(model: Any, x: Any, layer: str | None, batch_size: int) -> tuple[str, Record]:
+    """The record of a sparse or soft layer, and its name."""
     kind = "a layer that sends tokens to experts, or a `SoftMoE`"
-    name, record = one_layer(found, layer, kind)
-    return name, weights_of(record, sizes_of(model)[name])
+    return one_layer(model, records_of(model, x, batch_size, SPARSE, SOFT), layer, kind)
 
 
-def used_by_example(record: dict[str, Any], num_experts: int) -> Any:
+def used_by_example(record: Record) -> Any:
     """How much each example uses each expert, `(n, E)`.
 
     That is how many of its tokens an expert gets; of a soft layer and of gates, the weight that
     its tokens, or its tasks, give it.
     """
-    if "experts" in record:
-        used = takers_of(record, num_experts)
-    elif "combine" in record:
-        used = weights_of(record, num_experts)
+    if "experts" in record.fields:
+        used = takers_of(record)
+    elif "combine" in record.fields:
+        used = weights_of(record)
     else:
-        used = np.nan_to_num(record["weights"])
-    return used.reshape(len(used), -1, num_experts).sum(axis=1, dtype=np.float64)
+        used = np.nan_to_num(record.fields["weights"])
+    return used.reshape(len(used), -1, used.shape[-1]).sum(axis=1, dtype=np.float64)
 
 
 def _has(record: Any, fields: tuple[str, ...]) -> bool:

@@ -6,14 +6,15 @@ from typing import Any
 import numpy as np
 
 from keras_moe import _checks
+from keras_moe._mixtures import one_layer
 from keras_moe.plots._canvas import heat_map, new_figure, numbered
 from keras_moe.plots._records import (
     GATES,
     SOFT,
     SPARSE,
-    one_layer,
+    Record,
+    check_by_example,
     records_of,
-    sizes_of,
     used_by_example,
 )
 
@@ -33,7 +34,7 @@ def class_by_expert(
 
     Args:
         model: A built model with a mixture layer.
-        x: Its inputs, an array or a dict of arrays.
+        x: Its inputs, an array, or a dict or list of arrays.
         y: Integer class of each example, `(examples,)`.
         layer: Name of the layer; None where there is one only. Defaults to `None`.
         class_names: Names of the classes 0, 1, ...; None for numbers. Defaults to `None`.
@@ -43,11 +44,13 @@ def class_by_expert(
         A `matplotlib.figure.Figure`.
 
     Raises:
-        ValueError: on an unknown layer, or labels that are not one integer per example.
+        ValueError: on an unknown layer, one whose inputs have other things than the examples on
+            their first axis, or labels that are not one integer per example.
     """
     found = records_of(model, x, batch_size, SPARSE, SOFT, GATES)
-    name, record = one_layer(found, layer, "a mixture layer")
-    used = used_by_example(record, sizes_of(model)[name])
+    name, record = one_layer(model, found, layer, "a mixture layer")
+    check_by_example(name, record, x)
+    used = used_by_example(record)
     labels = np.asarray(y).reshape(-1)
     if len(labels) != len(used) or not np.issubdtype(labels.dtype, np.integer):
         _checks.fail(
@@ -60,9 +63,9 @@ def class_by_expert(
     return draw_classes(name, by_class, rows, unit_of(record))
 
 
-def unit_of(record: dict[str, Any]) -> str:
+def unit_of(record: Record) -> str:
     """What a class's shares are of."""
-    return "share of the class's " + ("tokens" if "experts" in record else "weight")
+    return "share of the class's " + ("tokens" if "experts" in record.fields else "weight")
 
 
 def draw_classes(name: str, by_class: Any, rows: list[str], unit: str) -> Any:

@@ -8,7 +8,7 @@ import numpy as np
 
 from keras_moe import _checks
 from keras_moe.plots._canvas import heat_map, new_figure, numbered
-from keras_moe.plots._records import SPARSE, records_of, sizes_of, takers_of
+from keras_moe.plots._records import SPARSE, records_of, takers_of
 
 
 def expert_load(model: Any, x: Any, *, batch_size: int = 256) -> Any:
@@ -16,7 +16,7 @@ def expert_load(model: Any, x: Any, *, batch_size: int = 256) -> Any:
 
     Args:
         model: A built model with `MoE` or `SwitchFFN` layers.
-        x: Its inputs, an array or a dict of arrays.
+        x: Its inputs, an array, or a dict or list of arrays.
         batch_size: Positive integer, examples per call of the model. Defaults to `256`.
 
     Returns:
@@ -25,9 +25,9 @@ def expert_load(model: Any, x: Any, *, batch_size: int = 256) -> Any:
     Raises:
         ValueError: where no layer sends tokens to experts.
     """
-    sizes, shares = sizes_of(model), {}
+    shares = {}
     for name, record in records_of(model, x, batch_size, SPARSE).items():
-        taken = takers_of(record, sizes[name]).reshape(-1, sizes[name])
+        taken = takers_of(record).reshape(-1, record.layer.num_experts)
         shares[name] = taken.mean(axis=0) / max(taken.mean(), 1e-12)
     if not shares:
         _checks.fail("`model` must have a layer that sends tokens to experts.", model=model.name)

@@ -4,15 +4,9 @@ from typing import Any
 
 import numpy as np
 
+from keras_moe._mixtures import named_layers, one_layer
 from keras_moe.plots._canvas import heat_map, new_figure, numbered
-from keras_moe.plots._records import (
-    SPARSE,
-    named_layers,
-    one_layer,
-    records_of,
-    sizes_of,
-    takers_of,
-)
+from keras_moe.plots._records import SPARSE, Record, records_of, takers_of
 
 _MOST_INCHES = 12.0
 
@@ -22,7 +16,7 @@ def coactivation(model: Any, x: Any, *, layer: str | None = None, batch_size: in
 
     Args:
         model: A built model with a `MoE` layer of at least two experts per token.
-        x: Its inputs, an array or a dict of arrays.
+        x: Its inputs, an array, or a dict or list of arrays.
         layer: Name of the layer; None where there is one only. Defaults to `None`.
         batch_size: Positive integer, examples per call of the model. Defaults to `256`.
 
@@ -34,13 +28,14 @@ def coactivation(model: Any, x: Any, *, layer: str | None = None, batch_size: in
         ValueError: on an unknown layer.
     """
     found = records_of(model, x, batch_size, SPARSE)
-    name, record = one_layer(found, layer, "a layer that sends tokens to experts")
-    return draw_pairs(name, record, sizes_of(model)[name])
+    name, record = one_layer(model, found, layer, "a layer that sends tokens to experts")
+    return draw_pairs(name, record)
 
 
-def draw_pairs(name: str, record: dict[str, Any], num_experts: int) -> Any:
+def draw_pairs(name: str, record: Record) -> Any:
     """Draws the co-activation of a sparse layer's experts."""
-    taken = takers_of(record, num_experts).reshape(-1, num_experts).astype(np.float64)
+    num_experts = record.layer.num_experts
+    taken = takers_of(record).reshape(-1, num_experts).astype(np.float64)
     together = taken.T @ taken
     shares = together / np.maximum(np.diag(together)[:, None], 1.0)
     np.fill_diagonal(shares, np.nan)
@@ -65,13 +60,15 @@ def slot_similarity(model: Any, *, layer: str | None = None) -> Any:
         for name, each in named_layers(model)
         if hasattr(each, "slot_cosines") and each.slot_cosines() is not None
     }
-    name, found = one_layer(soft, layer, "a `SoftMoE`")
-    cosines = found.slot_cosines()
+    return draw_slots(*one_layer(model, soft, layer, "a `SoftMoE` that scores its slots"))
+
+
+def draw_slots(name: str, layer: Any) -> Any:
+    """Draws how alike the slots of a soft layer are."""
+    cosines = layer.slot_cosines()
     np.fill_diagonal(cosines, np.nan)
-    slots = [
-        f"{slot // found.slots_per_expert}.{slot % found.slots_per_expert}"
-        for slot in range(len(cosines))
-    ]
+    per_expert = layer.slots_per_expert
+    slots = [f"{slot // per_expert}.{slot % per_expert}" for slot in range(len(cosines))]
     return _matrix(cosines, slots, "absolute cosine", f"Slots (expert.slot): {name}")
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from keras_moe import _checks
 from keras_moe.plots._canvas import FILLS, expert_colours, new_figure
-from keras_moe.plots._records import expert_weights
+from keras_moe.plots._records import check_by_example, expert_weights, weights_of
 
 _SIDE = 1.35  # inches of a panel
 _MOST_NUMBERS = 12  # patches in a row with room for a number
@@ -49,11 +49,19 @@ def patch_experts(
         A `matplotlib.figure.Figure`.
 
     Raises:
-        ValueError: on an unknown layer, pictures that are none, or tokens that fill no grid.
+        ValueError: on an unknown layer, one whose inputs have other things than the examples on
+            their first axis, pictures that are none, or tokens that fill no grid.
     """
     _checks.positive_int("columns", columns)
+    if pictures is None and not hasattr(images, "shape"):
+        _checks.fail(
+            "`pictures` must be given where the model's inputs are not one array of images.",
+            pictures=None,
+        )
     shown = _as_pictures(images if pictures is None else pictures)
-    name, weights = expert_weights(model, images, layer, batch_size)
+    name, record = expert_weights(model, images, layer, batch_size)
+    check_by_example(name, record, images)
+    weights = weights_of(record)
     if len(shown) != len(weights) or (titles is not None and len(titles) != len(shown)):
         _checks.fail(
             f"`pictures` and `titles` must have one entry for each of {len(weights)} images.",

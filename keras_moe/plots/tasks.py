@@ -1,12 +1,12 @@
 """What each task takes of each expert."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from keras_moe._mixtures import one_layer
 from keras_moe.plots._canvas import COLOURS, new_figure, numbered
-from keras_moe.plots._records import GATES, named_layers, one_layer, records_of
+from keras_moe.plots._records import GATES, Record, records_of
 
 
 def task_gates(model: Any, x: Any, *, layer: str | None = None, batch_size: int = 256) -> Any:
@@ -14,7 +14,7 @@ def task_gates(model: Any, x: Any, *, layer: str | None = None, batch_size: int 
 
     Args:
         model: A built model with an `MMoE` layer.
-        x: Its inputs, an array or a dict of arrays.
+        x: Its inputs, an array, or a dict or list of arrays.
         layer: Name of the layer; None where there is one only. Defaults to `None`.
         batch_size: Positive integer, examples per call of the model. Defaults to `256`.
 
@@ -24,15 +24,15 @@ def task_gates(model: Any, x: Any, *, layer: str | None = None, batch_size: int 
     Raises:
         ValueError: on an unknown layer.
     """
-    gated = {name: each for name, each in named_layers(model) if hasattr(each, "num_tasks")}
     found = records_of(model, x, batch_size, GATES)
-    found = {name: record for name, record in found.items() if name in gated}
-    name, record = one_layer(found, layer, "an `MMoE`")
-    return draw_gates(name, record["weights"], gated[name].tasks)
+    found = {name: record for name, record in found.items() if hasattr(record.layer, "num_tasks")}
+    name, record = one_layer(model, found, layer, "an `MMoE`")
+    return draw_gates(name, record)
 
 
-def draw_gates(name: str, weights: Any, tasks: int | Sequence[str]) -> Any:
+def draw_gates(name: str, record: Record) -> Any:
     """Draws the mean gate weights of a layer's tasks."""
+    weights, tasks = record.fields["weights"], record.layer.tasks
     weights = weights.reshape(-1, *weights.shape[-2:]).astype(np.float64)  # (n, t, e)
     _, num_tasks, num_experts = weights.shape
     names = numbered(num_tasks) if isinstance(tasks, int) else list(tasks)

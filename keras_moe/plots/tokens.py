@@ -8,7 +8,7 @@ import numpy as np
 
 from keras_moe import _checks
 from keras_moe.plots._canvas import FILLS, expert_colours, new_figure, tint
-from keras_moe.plots._records import expert_weights
+from keras_moe.plots._records import expert_weights, weights_of
 
 # In points, 1/72 inch, as fonts are.
 _FONT = 11.0
@@ -48,7 +48,7 @@ def token_experts(
 
     Args:
         model: A built model with a `MoE`, `SwitchFFN` or `SoftMoE` layer.
-        tokens: Its inputs for one sequence, `(1, T)` or `(1, T, d)`, or a dict of such arrays; of
+        tokens: Its inputs for one sequence, `(1, T)` or `(1, T, d)`, or a dict or list of such; of
             several windows of a text, `(B, T)`, each is routed on its own and all are shown.
         texts: B T strings, the pieces of text that the tokens stand for. Spaces and line ends are
             shown as an editor does.
@@ -67,7 +67,8 @@ def token_experts(
     """
     _checks.positive_int("choices", choices)
     _checks.positive_int("line_width", line_width)
-    name, weights = expert_weights(model, tokens, layer, batch_size=1)
+    name, record = expert_weights(model, tokens, layer, batch_size=1)
+    weights = weights_of(record)
     weights = weights.reshape(-1, weights.shape[-1])
     if len(texts) != len(weights):
         _checks.fail(

@@ -8,6 +8,7 @@ import keras
 import numpy as np
 
 from keras_moe import _checks
+from keras_moe.plots._records import example_count
 
 
 def gather(data: Any, max_examples: int) -> tuple[Any, Any]:
@@ -29,7 +30,7 @@ def gather(data: Any, max_examples: int) -> tuple[Any, Any]:
     for batch in _batches(data):
         x, y, _ = keras.utils.unpack_x_y_sample_weight(batch)
         found.append(keras.tree.map_structure(np.asarray, (x, y), none_is_leaf=False))
-        total += len(keras.tree.flatten(found[-1][0])[0])
+        total += example_count(found[-1][0])
         if total >= max_examples:
             break
     if not total:

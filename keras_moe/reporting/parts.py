@@ -6,15 +6,21 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import keras
 import numpy as np
 
 from keras_moe.callbacks.health import amounts_of
-from keras_moe.plots import load_over_time, patch_experts, slot_similarity, token_experts
-from keras_moe.plots._records import used_by_example, weights_of
+from keras_moe.plots import load_over_time, patch_experts, token_experts
+from keras_moe.plots._records import (
+    Record,
+    example_count,
+    examples_at,
+    is_by_example,
+    used_by_example,
+    weights_of,
+)
 from keras_moe.plots.classes import draw_classes, unit_of
 from keras_moe.plots.load import draw_load
-from keras_moe.plots.pairs import draw_pairs
+from keras_moe.plots.pairs import draw_pairs, draw_slots
 from keras_moe.plots.patches import fits_grid
 from keras_moe.plots.tasks import draw_gates
 from keras_moe.reporting import page
@@ -38,7 +44,7 @@ class Findings:
         pictures: what to show where the inputs are not images.
         patch_grid: rows and columns of patches.
         history: the file of a monitor.
-        records: what the layers decided, by name.
+        records: what the layers decided, by name, in each call.
     """
 
     model: Any
@@ -48,7 +54,7 @@ class Findings:
     pictures: Any
     patch_grid: tuple[int, int] | None
     history: str | Path | None
-    records: dict[str, dict[str, Any]] = field(default_factory=dict)
+    records: dict[str, Record] = field(default_factory=dict)
 
 
 def overview_parts(findings: Findings, summaries: Sequence[Summary]) -> list[str]:
@@ -65,29 +71,38 @@ def overview_parts(findings: Findings, summaries: Sequence[Summary]) -> list[str
     return parts
 
 
-def layer_parts(findings: Findings, name: str, layer: Any) -> list[str]:
-    """What one layer's experts do."""
-    record = findings.records.get(name)
-    if record is None:  # the model does not call the layer
-        return []
-    parts = _class_parts(findings, name, record, layer.num_experts)
-    if hasattr(layer, "num_tasks"):
-        figure = draw_gates(name, record["weights"], layer.tasks)
+def layer_parts(findings: Findings, layer: Any) -> list[str]:
+    """What one layer's experts do, in each call of it."""
+    return [
+        part
+        for name, record in findings.records.items()
+        if record.layer is layer
+        for part in _record_parts(findings, name, record)
+    ]
+
+
+def _record_parts(findings: Findings, name: str, record: Record) -> list[str]:
+    by_example = is_by_example(record, example_count(findings.inputs))
+    parts = _class_parts(findings, name, record) if by_example else []
+    if hasattr(record.layer, "num_tasks"):
+        figure = draw_gates(name, record)
         return [*parts, page.picture(figure, "What each task takes of each expert.")]
-    if "experts" in record and record["experts"].shape[-1] > 1:
-        figure = draw_pairs(name, record, layer.num_experts)
+    if "experts" in record.fields and record.fields["experts"].shape[-1] > 1:
+        figure = draw_pairs(name, record)
         parts.append(page.picture(figure, "Experts that get the same tokens."))
-    if getattr(layer.router, "phi", None) is not None:
-        figure = slot_similarity(findings.model, layer=name)
+    if getattr(record.layer.router, "phi", None) is not None:
+        figure = draw_slots(name, record.layer)
         parts.append(page.picture(figure, "Slots that are alike mix the same tokens."))
-    weights = weights_of(record, layer.num_experts)
+    if not by_example:
+        return parts
+    weights = weights_of(record)
     return [*parts, *_text_parts(findings, name, weights), *_patch_parts(findings, name, weights)]
 
 
-def _class_parts(findings: Findings, name: str, record: Any, num_experts: int) -> list[str]:
+def _class_parts(findings: Findings, name: str, record: Record) -> list[str]:
     if findings.labels is None:
         return []
-    used = used_by_example(record, num_experts)
+    used = used_by_example(record)
     codes, names = findings.labels
     by_class = np.array([used[codes == code].sum(axis=0) for code in range(len(names))])
     figure = draw_classes(name, by_class, names, unit_of(record))
@@ -104,7 +119,7 @@ def _text_parts(findings: Findings, name: str, weights: Any) -> list[str]:
         for expert, tokens in enumerate(typical)
     ]
     parts = [page.table(("expert", "typical tokens, and how much of each it gets"), rows, "words")]
-    first = keras.tree.map_structure(lambda each: each[:1], findings.inputs)
+    first = examples_at(findings.inputs, slice(1))
     texts = findings.texts[0]
     texts = texts + [""] * (weights.shape[1] - len(texts))
     figure = token_experts(findings.model, first, texts, layer=name, most=_TOKENS)
@@ -128,7 +143,7 @@ def _patch_parts(findings: Findings, name: str, weights: Any) -> list[str]:
         titles = [names[codes[each]] for each in chosen]
     figure = patch_experts(
         findings.model,
-        keras.tree.map_structure(lambda each: each[chosen], findings.inputs),
+        examples_at(findings.inputs, chosen),
         layer=name,
         patch_grid=findings.patch_grid,
         pictures=np.asarray(images)[chosen],

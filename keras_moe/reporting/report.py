@@ -4,11 +4,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import keras
-
 from keras_moe import _checks
+from keras_moe._mixtures import named_layers
 from keras_moe.plots._canvas import new_figure
-from keras_moe.plots._records import GATES, SOFT, SPARSE, named_layers, records_of
+from keras_moe.plots._records import GATES, SOFT, SPARSE, example_count, records_of
 from keras_moe.recording import count_routing
 from keras_moe.reporting import page, tables
 from keras_moe.reporting.gather import gather
@@ -48,7 +47,7 @@ def report(
     The model is called as in inference, without compiling it, and left as it was.
 
     Args:
-        model: A built model with mixture layers.
+        model: A built model of any kind with mixture layers.
         data: Its inputs, an array, a dict or a list of arrays; a tuple (inputs, labels); or what
             gives batches of these, such as a `keras.utils.PyDataset` or a `tf.data.Dataset`.
         path: The file to write.
@@ -72,8 +71,8 @@ def report(
         The path.
 
     Raises:
-        ValueError: where the model has no mixture layer, the data no example, or labels do not
-            fit them.
+        ValueError: where the model is none or has no mixture layer that is built, the data no
+            example, or labels do not fit them.
         ImportError: without matplotlib.
 
     Example:
@@ -87,9 +86,10 @@ def report(
     'experts.html'
     """
     new_figure(1.0, 1.0)  # says what to install before the work begins
+    _checks.keras_layer("model", model)
     _checks.positive_int("batch_size", batch_size)
     x, y = gather(data, _checks.positive_int("max_examples", max_examples))
-    count = len(keras.tree.flatten(x)[0])
+    count = example_count(x)
     findings = Findings(
         model=model,
         inputs=x,
@@ -99,17 +99,13 @@ def report(
         patch_grid=patch_grid,
         history=history,
     )
-    layers = dict(named_layers(model))
     with count_routing(model) as counts:
         findings.records |= records_of(model, x, batch_size, SPARSE, SOFT, GATES)
-    summaries = [summarize(name, layer, counts[name]) for name, layer in layers.items()]
+    summaries = [summarize(name, layer, counts[name]) for name, layer in named_layers(model)]
     parts = [tables.lead(model, count, findings.labels), *tables.overview(summaries)]
     parts += overview_parts(findings, summaries)
     for number, summary in enumerate(summaries):
-        parts += [
-            tables.heading(number, summary),
-            *layer_parts(findings, summary.name, layers[summary.name]),
-        ]
+        parts += [tables.heading(number, summary), *layer_parts(findings, summary.layer)]
     html = page.page(title or f"Experts of {model.name}", [*parts, tables.glossary(summaries)])
     path = Path(path)
     path.write_text(html, encoding="utf-8")

@@ -36,6 +36,7 @@ class Summary:
 
     Attributes:
         name: its name in the model, unique.
+        layer: the layer.
         kind: its class.
         experts: how many there are, and how many of them a token takes, in words.
         parameters: of the layer.
@@ -48,6 +49,7 @@ class Summary:
     """
 
     name: str
+    layer: Any
     kind: str
     experts: str
     parameters: int
@@ -65,6 +67,7 @@ def summarize(name: str, layer: Any, counts: Counts) -> Summary:
     is_judged = can_be_judged(amounts_of(counts)[1])
     return Summary(
         name=name,
+        layer=layer,
         kind=type(layer).__name__,
         experts=_experts_of(layer),
         parameters=all_parameters(layer),

@@ -52,6 +52,7 @@ def traced_flops(
         find_rule: says what to do with a layer that is called inside of `layer`.
         trusts_layer: whether it is right if `layer` has a matrix and no product.
     """
+    _checks.keras_layer("layer", layer)
     trace = _Trace(layer, find_rule, trusts_layer)
 
     class Probe(keras.layers.Layer):

@@ -23,7 +23,8 @@ class ActiveCost(keras.callbacks.Callback):
     and any hypermodel; its `objective` is the tuner's. Every epoch's logs, and so every trial's
     metrics, get `active_flops`, `active_parameters`, and the score under the objective's name.
 
-    A model above a cap fails its trial before it trains, with both numbers in the trial's message.
+    A model above a cap fails its trial before it trains, with both numbers in the trial's message;
+    on TensorFlow a model that is not built yet trains for one batch first.
     KerasTuner ends a search after 3 failed trials in a row, unless its
     `max_consecutive_failed_trials` says otherwise.
 
@@ -38,6 +39,8 @@ class ActiveCost(keras.callbacks.Callback):
         target_flops: Positive number, the active FLOPs that leave the metric as it is; None for no
             penalty of FLOPs. Defaults to `None`.
         target_parameters: Positive number, the same for active parameters. Defaults to `None`.
+        input_shape: The shape of one example, see `active_flops`; for models whose inputs have
+            unknown axes or are not known, as those of subclassed models. Defaults to `None`.
         exponent: Number w of at least 0, or a pair of them, at or below the target and above it.
             `0.07` is MnasNet's soft constraint: twice the cost for 5 % more of the metric.
             `(0.0, 1.0)` is its hard one. Defaults to `0.07`.
@@ -69,6 +72,7 @@ class ActiveCost(keras.callbacks.Callback):
         max_parameters: float | None = None,
         target_flops: float | None = None,
         target_parameters: float | None = None,
+        input_shape: Any = None,
         exponent: float | Sequence[float] = 0.07,
     ) -> None:
         super().__init__()
@@ -83,11 +87,12 @@ class ActiveCost(keras.callbacks.Callback):
         self.target_parameters = _checks.optional(
             _checks.positive, "target_parameters", target_parameters
         )
+        self.input_shape = input_shape
         pair = [exponent, exponent] if isinstance(exponent, int | float) else list(exponent)
         if len(pair) != 2:
             _checks.fail("`exponent` must be a number or a pair of numbers.", exponent=exponent)
         self.exponent = tuple(_checks.non_negative("exponent", each) for each in pair)
-        self._flops, self._parameters = 0, 0
+        self._flops, self._parameters, self._is_known = 0, 0, False
 
     @property
     def name(self) -> str:
@@ -122,7 +127,18 @@ class ActiveCost(keras.callbacks.Callback):
         return metric / factor if self.direction == "max" else metric * factor
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        self._flops, self._parameters = active_flops(self.model), active_parameters(self.model)
+        self._is_known = bool(self.model.built)
+        if self._is_known:
+            self._count()
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        if not self._is_known:  # Keras on TensorFlow builds a model in its first step
+            self._is_known = True
+            self._count()
+
+    def _count(self) -> None:
+        self._flops = active_flops(self.model, self.input_shape)
+        self._parameters = active_parameters(self.model)
         self._check_cap("FLOPs per example", self._flops, "max_flops", self.max_flops)
         self._check_cap("parameters", self._parameters, "max_parameters", self.max_parameters)
 
@@ -144,8 +160,7 @@ class ActiveCost(keras.callbacks.Callback):
     def _check_cap(self, what: str, cost: int, name: str, cap: float | None) -> None:
         if cap is not None and cost > cap:
             raise import_keras_tuner().errors.FailedTrialError(
-                f"The model has {cost:,} active {what}, above {name}={cap:,.0f}. It was not "
-                "trained."
+                f"The model has {cost:,} active {what}, above {name}={cap:,.0f}. It is not trained."
             )
 
     def get_config(self) -> dict[str, Any]:
@@ -156,5 +171,6 @@ class ActiveCost(keras.callbacks.Callback):
             "max_parameters": self.max_parameters,
             "target_flops": self.target_flops,
             "target_parameters": self.target_parameters,
+            "input_shape": self.input_shape,
             "exponent": list(self.exponent),
         }

@@ -22,7 +22,7 @@ def active_flops(model: keras.layers.Layer, input_shape: Any = None) -> int:
     model is not changed.
 
     Args:
-        model: A built model or layer.
+        model: A built model of any kind, or a layer.
         input_shape: The shape of one example, without the batch axis, in the structure of the
             model's inputs (a dict or list of shapes for several); for models whose inputs have
             unknown axes or are not known, as those of subclassed models. Defaults to `None`.
@@ -31,8 +31,8 @@ def active_flops(model: keras.layers.Layer, input_shape: Any = None) -> int:
         The FLOPs.
 
     Raises:
-        ValueError: if the model is not built or an input's shape is not known, or where a layer
-            has a matrix, no product of `keras.ops` and no rule: see `layer_flops`.
+        ValueError: if the model is none, is not built or an input's shape is not known, or where a
+            layer has a matrix, no product of `keras.ops` and no rule: see `layer_flops`.
 
     Example:
 
@@ -45,8 +45,7 @@ def active_flops(model: keras.layers.Layer, input_shape: Any = None) -> int:
     >>> active_flops(model) == router + experts
     True
     """
-    if not model.built:
-        _checks.fail("`model` must be built: call it once.", model=model)
+    _checks.built("model", model)
     inputs = _inputs_of_one_example(model, input_shape)
     batch = keras.tree.flatten(inputs)[0].shape[0]  # 1, unless the model fixes it
     return round(Fraction(layer_flops(model, inputs), batch))

@@ -15,16 +15,17 @@ def active_parameters(model: keras.layers.Layer) -> int:
 
     A parameter is what training may change, whether it is frozen or not; running counts, moving
     statistics and the state of random seeds are none. A shared weight counts once. `SoftMoE` and
-    `MMoE` use all of theirs. Experts that differ count as their mean.
+    `MMoE` use all of theirs. Experts that differ count as their mean. A layer inside that no call
+    has built yet has no parameters.
 
     Args:
-        model: A built model or layer.
+        model: A built model of any kind, or a layer.
 
     Returns:
         The number of parameters.
 
     Raises:
-        ValueError: if the model is not built.
+        ValueError: if the model is none, or is not built.
 
     Example:
 
@@ -36,8 +37,7 @@ def active_parameters(model: keras.layers.Layer) -> int:
     >>> active_parameters(layer) == router + experts
     True
     """
-    if not model.built:
-        _checks.fail("`model` must be built: call it once.", model=model)
+    _checks.built("model", model)
     active: dict[int, Fraction] = {}
     _collect(model, Fraction(1), active)
     return round(sum(active.values()))

@@ -206,7 +206,7 @@ class TestFailures:
         assert {row.status for row in rows} == {"complete", "above the cap"}
         for row in rows:
             assert row.is_complete == (row.values["units"] <= 16)
-            assert row.is_complete or "above max_flops=96. It was not trained." in row.message
+            assert row.is_complete or "above max_flops=96. It is not trained." in row.message
 
 
 class TestOtherSearch:

@@ -7,7 +7,7 @@ from matplotlib.colors import to_rgb
 
 from keras_moe import layers, models, plots
 from keras_moe.plots._canvas import FILLS
-from keras_moe.plots._records import weights_of
+from keras_moe.plots._records import Record, weights_of
 
 
 def model_of(layer):
@@ -103,9 +103,10 @@ def test_grids_of_other_shapes():
 
 
 def test_weights_of_a_record():
-    record = {
+    fields = {
         "experts": np.array([[2, 0], [1, 2]]),
         "weights": np.array([[0.7, 0.3], [0.6, np.nan]]),
         "kept": np.array([[True, False], [True, True]]),
     }
-    np.testing.assert_array_equal(weights_of(record, 3), [[0, 0, 0.7], [0, 0.6, 0]])
+    record = Record(layers.MoE(3, 8), fields)
+    np.testing.assert_array_equal(weights_of(record), [[0, 0, 0.7], [0, 0.6, 0]])

@@ -6,6 +6,7 @@ import pytest
 
 import keras_moe
 from keras_moe import layers
+from keras_moe.recording import count_routing
 
 
 def model_of(*mixtures):
@@ -65,3 +66,27 @@ def test_a_model_without_mixtures():
     message = "must have a mixture layer that is built"
     with pytest.raises(ValueError, match=message):
         keras_moe.record_routing(model_of(keras.layers.Dense(6))).__enter__()
+
+
+def test_nested_layers_come_in_the_order_of_the_model():
+    inner = model_of(layers.MoE(4, 8, name="a"), layers.MoE(4, 8, name="b"))
+    outer = model_of(layers.MoE(3, 8, name="first"), inner, layers.MoE(3, 8, name="last"))
+    with keras_moe.record_routing(outer) as records:
+        outer(X)
+    assert list(records) == ["first", "a", "b", "last"]
+    twins = [model_of(layers.MoE(experts, 8, name="moe")) for experts in (3, 4)]
+    twins = model_of(model_of(*twins))
+    with keras_moe.record_routing(twins) as records:
+        twins(X)
+    assert [calls[0].logits.shape[-1] for calls in records.values()] == [3, 4]
+
+
+def test_contexts_inside_of_each_other_see_their_calls():
+    model = model_of(layers.MoE(4, 8, name="moe"))
+    with keras_moe.record_routing(model) as outer, count_routing(model) as outer_counts:
+        with keras_moe.record_routing(model) as inner, count_routing(model) as inner_counts:
+            model(X)
+        model(X)
+    assert len(outer["moe"]) == 2 and len(inner["moe"]) == 1
+    assert outer_counts["moe"]["decisions"] == 40 and inner_counts["moe"]["decisions"] == 20
+    assert model.get_layer("moe").running_counts()["decisions"] == 0
