@@ -53,6 +53,7 @@ def traced_flops(
         trusts_layer: whether it is right if `layer` has a matrix and no product.
     """
     _checks.keras_layer("layer", layer)
+    check_sizes((inputs, arguments))
     trace = _Trace(layer, find_rule, trusts_layer)
 
     class Probe(keras.layers.Layer):
@@ -74,6 +75,13 @@ def traced_flops(
                 raise
             raise trace.error from None  # Keras wraps it in the story of its own calls
     return trace.flops
+
+
+def check_sizes(inputs: Any) -> None:
+    """Fails where a size is not known: some backends would take any number for it."""
+    shapes = [tuple(each.shape) for each in keras.tree.flatten(inputs) if _is_tensor(each)]
+    if any(None in shape for shape in shapes):
+        _checks.fail("`inputs` must have known sizes.", shapes=shapes)
 
 
 class _Trace:

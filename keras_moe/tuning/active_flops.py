@@ -56,6 +56,7 @@ def _inputs_of_one_example(model: keras.layers.Layer, input_shape: Any) -> Any:
     if input_shape is None:
         inputs = known
     else:
+        _check_shapes(input_shape)
         inputs = keras.tree.map_shape_structure(
             lambda shape: keras.KerasTensor((None, *shape), dtype=model.compute_dtype), input_shape
         )
@@ -71,6 +72,17 @@ def _inputs_of_one_example(model: keras.layers.Layer, input_shape: Any) -> Any:
     return keras.tree.map_structure(
         lambda spec: keras.KerasTensor((spec.shape[0] or 1, *spec.shape[1:]), spec.dtype), inputs
     )
+
+
+def _check_shapes(input_shape: Any) -> None:
+    """Fails where it is not a structure of shapes; unknown sizes are for what comes after."""
+    sizes = [each for each in keras.tree.flatten(input_shape) if each is not None]
+    is_structure = isinstance(input_shape, tuple | list | dict)
+    if not is_structure or not all(isinstance(each, int) and each >= 0 for each in sizes):
+        _checks.fail(
+            "`input_shape` must be a shape, such as (10, 16), or a dict or list of shapes.",
+            input_shape=input_shape,
+        )
 
 
 def _with_known_batch_and_dtype(inputs: Any, known: Any) -> Any:

@@ -10,7 +10,7 @@ import keras
 
 from keras_moe import layers
 from keras_moe.models.position_embedding import PositionEmbedding
-from keras_moe.tuning._trace import traced_flops
+from keras_moe.tuning._trace import check_sizes, traced_flops
 from keras_moe.tuning.count_products import count_products
 
 
@@ -66,6 +66,7 @@ def find_rule(layer: keras.layers.Layer) -> tuple[Callable[..., int] | None, boo
 @layer_flops.register
 def _moe_flops(layer: layers.MoE, inputs: Any, **_: Any) -> int:
     """Router, k of E experts and shared experts, whatever the carrier, capacity or padding."""
+    check_sizes(inputs)
     *token_axes, width = inputs.shape
     tokens = math.prod(token_axes)
     decisions = tokens if layer.routing_level == "token" else token_axes[0]
@@ -87,6 +88,7 @@ def _moe_flops(layer: layers.MoE, inputs: Any, **_: Any) -> int:
 @layer_flops.register
 def _rnn_flops(layer: keras.layers.RNN, sequences: Any, *_states: Any, **_: Any) -> int:
     """One step of the cell, times the steps: backends loop, or fuse the loop."""
+    check_sizes(sequences)
     batch, steps, *features = sequences.shape
     states = keras.tree.map_structure(
         lambda state: keras.KerasTensor(state.shape, layer.compute_dtype),
@@ -98,6 +100,7 @@ def _rnn_flops(layer: keras.layers.RNN, sequences: Any, *_states: Any, **_: Any)
 
 @layer_flops.register
 def _time_distributed_flops(layer: keras.layers.TimeDistributed, inputs: Any, **_: Any) -> int:
+    check_sizes(inputs)
     batch, steps, *features = inputs.shape
     return int(
         steps * layer_flops(layer.layer, keras.KerasTensor((batch, *features), inputs.dtype))
