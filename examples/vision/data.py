@@ -120,7 +120,8 @@ def _load_digits() -> Arrays:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise DataError(
-            f'{SMALL} come with scikit-learn: pip install "keras-moe[examples]" ({error})'
+            f"{SMALL} come with scikit-learn, which cannot be imported ({error}): "
+            'pip install "keras-moe[examples]"'
         ) from error
     digits = load_digits()
     order = np.random.default_rng(0).permutation(len(digits.target))

@@ -4,8 +4,11 @@ import csv
 import json
 import socket
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
+
+from keras_moe._optional import import_of_extra
 
 Row = dict[str, Any]
 
@@ -71,21 +74,15 @@ class TensorBoardWriter:
     """
 
     def __init__(self, folder: Path) -> None:
-        try:
-            from tensorboard.compat.proto.event_pb2 import Event
-            from tensorboard.compat.proto.summary_pb2 import Summary
-            from tensorboard.summary.writer.record_writer import RecordWriter
-        except ImportError as error:
-            raise ImportError(
-                "`ExpertMonitor(log_dir=...)` needs TensorBoard: "
-                "pip install 'keras-moe[tensorboard]'"
-            ) from error
-        self._event, self._summary = Event, Summary
+        needed = partial(import_of_extra, "tensorboard", "`ExpertMonitor(log_dir=...)`")
+        self._event = needed("tensorboard.compat.proto.event_pb2").Event
+        self._summary = needed("tensorboard.compat.proto.summary_pb2").Summary
+        make_writer = needed("tensorboard.summary.writer.record_writer").RecordWriter
         folder.mkdir(parents=True, exist_ok=True)
         name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.experts"
         self._file = (folder / name).open("wb")
-        self._records = RecordWriter(self._file)
-        self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        self._records = make_writer(self._file)
+        self._add(self._event(wall_time=time.time(), file_version="brain.Event:2"))
 
     def write(self, epoch: int, scalars: dict[str, float], details: Row) -> None:
         del details

@@ -6,7 +6,7 @@ from typing import Any, Self
 
 import keras
 
-INSTALL_HINT = 'Install the packages with `pip install "keras-moe[tfrs]"`.'
+from keras_moe._optional import import_of_extra
 
 if os.environ.get("TF_USE_LEGACY_KERAS") not in ("1", "true", "True"):
     raise ImportError(
@@ -21,13 +21,9 @@ if keras.backend.backend() != "tensorflow":
         "variable KERAS_BACKEND=tensorflow before keras is first imported. "
         f"Received: keras.backend.backend()={keras.backend.backend()!r}"
     )
-try:
-    import tensorflow as tf
-    import tf_keras
-except ImportError as error:
-    raise ImportError(
-        f"keras_moe.integrations.tfrs needs tensorflow and tf_keras. {INSTALL_HINT}"
-    ) from error
+_USER = "`keras_moe.integrations.tfrs`"
+tf: Any = import_of_extra("tfrs", _USER, "tensorflow")
+tf_keras: Any = import_of_extra("tfrs", _USER, "tf_keras")
 if tf.keras.layers.Layer is not tf_keras.layers.Layer:
     raise ImportError(
         "`tf.keras` was loaded as Keras 3 before TF_USE_LEGACY_KERAS=1 was set: set it before "

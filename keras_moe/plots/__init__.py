@@ -1,6 +1,6 @@
 """Pictures of what experts do: each takes a model and data and returns a matplotlib `Figure`.
 
-They need matplotlib: `pip install 'keras-moe[plot]'`. No window is opened and no global state of
+They need matplotlib: `pip install "keras-moe[plot]"`. No window is opened and no global state of
 matplotlib is touched: `figure.savefig("load.png")`.
 """
 

@@ -1,8 +1,11 @@
 """Figures, the same look for all, without pyplot and its global state."""
 
+from functools import partial
 from typing import Any
 
 import numpy as np
+
+from keras_moe._optional import import_of_extra
 
 # Perceptually even, and told apart by the colour-blind and in grey.
 AMOUNT = "cividis"
@@ -15,15 +18,9 @@ _MOST_LABELS = 32
 
 def new_figure(width: float, height: float) -> Any:
     """A figure that belongs to no window."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "`keras_moe.plots` needs matplotlib: pip install 'keras-moe[plot]'"
-        ) from error
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
+    needed = partial(import_of_extra, "plot", "`keras_moe.plots`")
+    figure = needed("matplotlib.figure").Figure(figsize=(width, height), layout="constrained")
+    needed("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
     return figure
 
 

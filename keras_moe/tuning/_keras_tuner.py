@@ -2,14 +2,10 @@
 
 from typing import Any
 
+from keras_moe._optional import import_of_extra
+
 
 def import_keras_tuner() -> Any:
     """Returns the module, or says how to install it."""
-    try:
-        import keras_tuner  # type: ignore[import-untyped,unused-ignore]
-    except ImportError as error:
-        raise ImportError(
-            "The hypermodels and objectives of keras_moe.tuning need keras-tuner. Install it with "
-            '`pip install "keras-moe[tuner]"`.'
-        ) from error
-    return keras_tuner
+    user = "A hypermodel or objective of `keras_moe.tuning`"
+    return import_of_extra("tuner", user, "keras_tuner")
