@@ -1,5 +1,6 @@
 """What a multi-task model's gates do."""
 
+import inspect
 from typing import Any, Self
 
 import keras
@@ -61,14 +62,21 @@ class _TaskGates(keras.Model):
         self.model, self.layer = model, layer
         self.built = True
 
-    def call(self, inputs: Any, training: bool | None = None) -> Tensor | list[Tensor]:
+    def call(
+        self, inputs: Any, training: bool | None = None, mask: Any = None
+    ) -> Tensor | list[Tensor]:
         weights: list[Tensor] = []
+        takes_mask = "mask" in inspect.signature(self.model.call).parameters
+        masks = {} if mask is None or not takes_mask else {"mask": mask}
         mmoe = dict(named_layers(self.model))[self.layer]
         with listening(mmoe, lambda record: weights.append(record.weights)):
-            self.model(inputs, training=training)
+            self.model(inputs, training=training, **masks)
         if not weights:
             _checks.fail("`model` must call its `MMoE`.", model=self.model.name, layer=self.layer)
         return weights[0] if len(weights) == 1 else weights
+
+    def compute_mask(self, inputs: Any, previous_mask: Any) -> None:
+        """Leaves no mask: gates are of all tokens."""
 
     def get_config(self) -> Config:
         model = keras.saving.serialize_keras_object(self.model)
