@@ -2,12 +2,19 @@
 
 from fractions import Fraction
 
+import keras
 from keras import ops
 
 from keras_moe._exporting import is_exporting
 from keras_moe.types import Tensor
 
 _LARGEST_DENOMINATOR = 10_000  # of slots per token
+
+
+def as_float(inputs: Tensor, dtype: str) -> Tensor:
+    """Integers and bools in a dtype of floats, as `Dense` takes them; floats as they are."""
+    is_float = keras.backend.is_float_dtype(keras.backend.standardize_dtype(inputs.dtype))
+    return inputs if is_float else ops.cast(inputs, dtype)
 
 
 def softmax(logits: Tensor, axis: int = -1) -> Tensor:

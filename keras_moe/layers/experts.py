@@ -8,6 +8,7 @@ import keras
 from keras import ops
 
 from keras_moe import _checks
+from keras_moe._numerics import as_float
 from keras_moe._seeds import SavesSeed
 from keras_moe.constraints import per_expert
 from keras_moe.dispatch import Stage, backend
@@ -172,6 +173,7 @@ class ExpertMLP(SavesSeed):
         grouped: Grouped | None = None,
         training: bool | None = None,
     ) -> Tensor:
+        inputs = as_float(inputs, self.compute_dtype)
         if grouped is not None:
             return grouped(inputs, lambda count: self._stages_of(count, training))
         if block_experts is None:

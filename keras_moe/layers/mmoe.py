@@ -213,6 +213,7 @@ class MMoE(FreezesParts, RematerializesExperts):
         training: bool | None = None,
         return_routing: bool = False,
     ) -> Any:
+        inputs = _numerics.as_float(inputs, self.compute_dtype)
         token_axes = ops.shape(inputs)[:-1]
         token_mask = flat_mask("MMoE", inputs, mask, (-1,))
         tokens = ops.reshape(inputs, (-1, inputs.shape[-1]))

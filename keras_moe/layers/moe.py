@@ -10,7 +10,7 @@ from keras.src.backend import get_keras_mask
 
 from keras_moe import _checks, routers
 from keras_moe._exporting import exporting
-from keras_moe._numerics import slots_per_expert
+from keras_moe._numerics import as_float, slots_per_expert
 from keras_moe.dispatch import Carrier, DispatchPlan, backend, planner
 from keras_moe.dispatch.capacity import kept_by_priority
 from keras_moe.dispatch.ragged import takes_groups
@@ -305,6 +305,7 @@ class MoE(ExpertFeedForward):
         return_routing: bool,
         token_ids: Tensor | None,
     ) -> Any:
+        inputs = as_float(inputs, self.compute_dtype)
         token_axes = ops.shape(inputs)[:-1]
         tokens = ops.reshape(inputs, (-1, inputs.shape[-1]))
         token_mask = flat_mask("MoE", inputs, mask, (-1,))
@@ -317,7 +318,8 @@ class MoE(ExpertFeedForward):
         for name, weight in self.router.loss_weights.items():
             # A frozen router balances nothing; Keras drops regularizers of frozen weights too.
             if weight and self.router.trainable:
-                self.add_loss(weight * decision.losses[name])
+                # In the dtype of the model's loss, to which TensorFlow adds no other.
+                self.add_loss(ops.cast(weight * decision.losses[name], keras.config.floatx()))
 
         outputs, kept = self._carry(tokens, routing, token_axes, training)
         if training or self._counts_always:

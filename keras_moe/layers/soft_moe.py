@@ -8,6 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_moe import _checks
+from keras_moe._numerics import as_float
 from keras_moe.layers.feed_forward import (
     ExpertFeedForward,
     flat_mask,
@@ -191,6 +192,7 @@ class SoftMoE(ExpertFeedForward):
         training: bool | None = None,
         return_routing: bool = False,
     ) -> Any:
+        inputs = as_float(inputs, self.compute_dtype)
         token_axes, width = ops.shape(inputs)[:-1], inputs.shape[-1]
         batch, count = token_axes[0], math.prod(token_axes[1:])
         tokens = ops.reshape(inputs, (batch, count, width))

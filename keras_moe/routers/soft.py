@@ -6,7 +6,7 @@ import keras
 from keras import ops
 
 from keras_moe import _checks
-from keras_moe._numerics import softmax
+from keras_moe._numerics import as_float, softmax
 from keras_moe.initializers import FiniteInitializer
 from keras_moe.routing import SoftRouting
 from keras_moe.types import Config, InitializerLike, RegularizerLike, Tensor
@@ -120,6 +120,7 @@ class SoftRouter(keras.layers.Layer):
         )
 
     def call(self, inputs: Tensor, mask: Tensor | None = None) -> SoftRouting:
+        inputs = as_float(inputs, self.compute_dtype)
         batch, count, _ = ops.shape(inputs)
         self.check_count(count)
         logits = self._logits(inputs)
