@@ -1,0 +1,385 @@
+"""Breaks the code on purpose, thirty-three times, and counts the tests that notice.
+
+`python -m tests.mutations` runs on request: each mutation replaces a piece of code in a copy of the
+project and runs the tests that should turn red. It fails if one stays green. `--write` stores which
+were red in `tests/data/mutations.json`.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "tests/data/mutations.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutation:
+    """One way to break the code.
+
+    Attributes:
+        name: what is broken, in words.
+        file: the file, from the root.
+        old: a piece of code that stands there once.
+        new: what replaces it.
+        tests: the files of tests that must notice.
+        backend: what they run on; "tfrs" for the bridge's environment.
+        select: those of the files that run, as `pytest -k` takes it; all by default.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+    backend: str = "torch"
+    select: str = ""
+
+
+LAYERS, ROUTERS, DISPATCH = "keras_moe/layers/", "keras_moe/routers/", "keras_moe/dispatch/"
+JAX, TORCH = DISPATCH + "backend/jax.py", DISPATCH + "backend/torch.py"
+TENSORFLOW, TUNING = DISPATCH + "backend/tensorflow/", "keras_moe/tuning/"
+BRIDGE = "keras_moe/integrations/tfrs.py"
+
+CONTRACT = "tests/layers/test_contract.py"
+VALUES = "tests/layers/test_values_and_gradients.py"
+TRAPS = "tests/layers/test_traps.py"
+WALK = "tests/dispatch/test_walk.py"
+ROUTER_ORACLES = "tests/routers/test_router_oracles.py"
+TFRS = "tests/integrations/test_tfrs.py"
+
+MUTATIONS = (
+    # === Layers ===
+    Mutation(
+        "padding keeps its output",
+        LAYERS + "moe.py",
+        "outputs = ops.cast(zero_where_padded(outputs, token_mask), self.compute_dtype)",
+        "outputs = ops.cast(outputs, self.compute_dtype)",
+        (VALUES,),
+        select="masked",
+    ),
+    Mutation(
+        "the capacity of inference is taken in training",
+        LAYERS + "moe.py",
+        "if not training and self.eval_capacity_factor is not None:",
+        "if training and self.eval_capacity_factor is not None:",
+        (TRAPS,),
+    ),
+    Mutation(
+        "a frozen router still has losses",
+        LAYERS + "moe.py",
+        "if weight and self.router.trainable:",
+        "if weight:",
+        ("tests/layers/test_frozen.py",),
+    ),
+    Mutation(
+        "the experts of MMoE end without an activation",
+        LAYERS + "mmoe.py",
+        '"activate_last": True,',
+        '"activate_last": False,',
+        ("tests/parity",),
+    ),
+    Mutation(
+        "slots are filled by the combine weights",
+        LAYERS + "soft_moe.py",
+        "dispatch = ops.cast(routing.dispatch, self.compute_dtype)",
+        "dispatch = ops.cast(routing.combine, self.compute_dtype)",
+        ("tests/parity",),
+    ),
+    Mutation(
+        "all experts start equal",
+        LAYERS + "experts.py",
+        'initializer=PerExpertInitializer(self.kernel_initializer, f"{self.name}/{name}"),',
+        "initializer=self.kernel_initializer,",
+        (CONTRACT,),
+        select="start_different",
+    ),
+    # === Routers ===
+    Mutation(
+        "a single choice weighs 1",
+        ROUTERS + "top_k.py",
+        "if self.normalize and self.top_k > 1 else weights",
+        "if self.normalize else weights",
+        (ROUTER_ORACLES,),
+    ),
+    Mutation(
+        "the balance loss grows with k",
+        ROUTERS + "losses.py",
+        "fractions = ops.stop_gradient(load) / (count * top_k)",
+        "fractions = ops.stop_gradient(load) / count",
+        (ROUTER_ORACLES,),
+    ),
+    Mutation(
+        "the z-loss counts padding",
+        ROUTERS + "losses.py",
+        "return masked_sum(per_token, mask) / token_count(logits, mask)",
+        "return ops.sum(per_token) / token_count(logits, mask)",
+        (ROUTER_ORACLES,),
+    ),
+    Mutation(
+        "the selection bias leaks into the scores",
+        ROUTERS + "sigmoid_bias.py",
+        "return experts, self.routed_scale * weights",
+        "return experts, self.routed_scale * weights + ops.mean(self.bias)",
+        (ROUTER_ORACLES,),
+    ),
+    Mutation(
+        "jitter stays on in inference",
+        ROUTERS + "base.py",
+        "self._jittered(inputs) if training else inputs, self.kernel",
+        "self._jittered(inputs), self.kernel",
+        (CONTRACT,),
+        select="deterministic",
+    ),
+    # === Dispatch ===
+    Mutation(
+        "second choices come before first ones",
+        DISPATCH + "carrier.py",
+        "return ops.reshape(ops.transpose(bins), (-1,))",
+        "return ops.reshape(ops.transpose(bins)[::-1], (-1,))",
+        (TRAPS, "tests/dispatch"),
+    ),
+    Mutation(
+        "an expert takes one assignment more than it has slots",
+        DISPATCH + "capacity.py",
+        "fits = ops.reshape(bins.position < capacity, (routing.experts.shape[-1], -1))",
+        "fits = ops.reshape(bins.position <= capacity, (routing.experts.shape[-1], -1))",
+        (TRAPS, "tests/dispatch/test_capacity.py"),
+    ),
+    # === JAX ===
+    Mutation(
+        "a block's gradient takes in the next expert's rows",
+        JAX,
+        "        return jnp.where(is_own, rows, 0)",
+        "        return rows",
+        (WALK,),
+        "jax",
+    ),
+    Mutation(
+        "the slope of a weight forgets the bias",
+        JAX,
+        "slope = slope + jnp.sum(unweighted * bias, -1, dtype=tape.wide)",
+        "slope = slope + jnp.sum(unweighted * 0, -1, dtype=tape.wide)",
+        (WALK,),
+        "jax",
+    ),
+    Mutation(
+        "a token without an expert gets some slot's output",
+        JAX,
+        "yield jnp.where(is_kept.reshape(-1, *[1] * (rows.ndim - 1)), chosen, 0)",
+        "yield chosen",
+        (WALK,),
+        "jax",
+    ),
+    Mutation(
+        "nothing follows the last row",
+        JAX,
+        "return block_sizes(total, num_experts)[0]",
+        "return 0",
+        (WALK,),
+        "jax",
+    ),
+    # === TensorFlow ===
+    Mutation(
+        "a token's sum has its first choice alone",
+        TENSORFLOW + "ranges.py",
+        "    for chosen in others:",
+        "    for chosen in others[:0]:",
+        (WALK,),
+        "tensorflow",
+    ),
+    Mutation(
+        "the slopes of weights belong to other choices",
+        TENSORFLOW + "ranges.py",
+        "by_weights = tf.gather(slope[:, 0], tf.transpose(_slot_of(route)))",
+        "by_weights = tf.gather(slope[:, 0], tf.transpose(_slot_of(route)))[:, ::-1]",
+        (WALK,),
+        "tensorflow",
+    ),
+    Mutation(
+        "under XLA a block's gradient takes in the next expert's rows",
+        TENSORFLOW + "blocks.py",
+        "return tf.where(is_own, _read(at, size, all_), tf.zeros([], all_.dtype))",
+        "return _read(at, size, all_)",
+        (WALK,),
+        "tensorflow",
+    ),
+    Mutation(
+        "the slope of a weight forgets the bias in TensorFlow",
+        TENSORFLOW + "stages.py",
+        "            slope = slope + row_sums(each * bias)",
+        "            slope = slope + 0 * row_sums(each * bias)",
+        (WALK,),
+        "tensorflow",
+    ),
+    # === PyTorch ===
+    Mutation(
+        "the slope of a weight forgets the bias in PyTorch",
+        TORCH,
+        "slope[start:end] += by_outputs.to(wide) @ bias[expert].to(wide)",
+        "slope[start:end] += 0 * (by_outputs.to(wide) @ bias[expert].to(wide))",
+        (WALK,),
+    ),
+    Mutation(
+        "idle experts have a gradient of whatever was in memory",
+        TORCH,
+        "    slopes = torch.empty_like(weights)",
+        "    slopes = torch.full_like(weights, 7.0)\n    return slopes",
+        (WALK,),
+    ),
+    Mutation(
+        "half precision forgets the weights of choices",
+        TORCH,
+        "sums += chosen if weights is None else chosen * weights[:, choice, None]",
+        "sums += chosen",
+        (CONTRACT,),
+        select="precision",
+    ),
+    Mutation(
+        "idle Keras layers have no gradient",
+        TORCH,
+        "            torch.zeros_like(each) if is_needed else None",
+        "            None",
+        ("tests/layers/test_idle_experts.py",),
+    ),
+    # === Tuning ===
+    Mutation(
+        "all experts count as active",
+        TUNING + "active_parameters.py",
+        "chosen = Fraction(layer.router.experts_per_token, layer.num_experts)",
+        "chosen = Fraction(1)",
+        ("tests/tuning/test_active_parameters.py",),
+    ),
+    Mutation(
+        "shared experts cost nothing",
+        TUNING + "layer_flops.py",
+        "        flops += layer_flops(layer.shared_experts, shared)",
+        "        flops += 0 * layer_flops(layer.shared_experts, shared)",
+        ("tests/tuning/test_active_flops.py",),
+    ),
+    Mutation(
+        "a model below the target is punished as one above it",
+        TUNING + "active_cost.py",
+        "factor *= ratio ** self.exponent[int(ratio > 1)]",
+        "factor *= ratio ** self.exponent[int(ratio < 1)]",
+        ("tests/tuning/test_active_cost.py",),
+    ),
+    Mutation(
+        "another search may use the folder",
+        TUNING + "check_project.py",
+        "        if differing:",
+        "        if False:",
+        ("tests/tuning/test_check_project.py",),
+    ),
+    # === The bridge ===
+    Mutation(
+        "the bridge forgets the auxiliary losses",
+        BRIDGE,
+        "self.add_loss([tf.cast(loss, tf_keras.backend.floatx()) for loss in call_losses])",
+        "pass",
+        (TFRS,),
+        "tfrs",
+    ),
+    Mutation(
+        "the bridge trains what is frozen",
+        BRIDGE,
+        "return [variable.value for variable in self.layer.trainable_weights]",
+        "return [variable.value for variable in self.layer.weights]",
+        (TFRS,),
+        "tfrs",
+    ),
+    Mutation(
+        "the bridge loads its weights in another order",
+        BRIDGE,
+        "            variable.assign(store[str(index)])",
+        "            variable.assign(0 * store[str(index)])",
+        (TFRS,),
+        "tfrs",
+    ),
+    Mutation(
+        "the bridge always infers",
+        BRIDGE,
+        "outputs = self.layer(inputs, *args, training=training, **kwargs)",
+        "outputs = self.layer(inputs, *args, training=False, **kwargs)",
+        (TFRS,),
+        "tfrs",
+    ),
+)
+
+
+def copy_of_project(folder: Path) -> Path:
+    """Copies what git tracks."""
+    files = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True, text=True
+    ).stdout.split("\0")
+    copy = folder / "keras_moe"
+    for file in filter(None, files):
+        (copy / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / file, copy / file)
+    return copy
+
+
+def red_tests(copy: Path, mutation: Mutation) -> list[str]:
+    """Runs tests in the copy and returns those that do not pass."""
+    environment = {**os.environ, "PYTHONPATH": str(copy), "TF_CPP_MIN_LOG_LEVEL": "3"}
+    backend = mutation.backend
+    environment["KERAS_BACKEND"] = "tensorflow" if backend == "tfrs" else backend
+    if backend == "tfrs":
+        environment["TF_USE_LEGACY_KERAS"] = "1"
+    if backend != "torch":
+        environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+    command = [sys.executable, "-m", "pytest", "-n", "2", "-q", "--tb=no", "-rfE"]
+    command += [*mutation.tests, "-k", mutation.select]
+    run = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
+    return re.findall(r"^(?:FAILED|ERROR) (\S+)", run.stdout, flags=re.MULTILINE)
+
+
+def measure(mutations: tuple[Mutation, ...]) -> dict[str, dict[str, object]]:
+    """Breaks, counts, mends, and prints a line for each."""
+    found: dict[str, dict[str, object]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        copy = copy_of_project(Path(folder))
+        for mutation in mutations:
+            file, began = copy / mutation.file, time.perf_counter()
+            code = file.read_text()
+            if code.count(mutation.old) != 1:
+                raise SystemExit(f"{mutation.file} has no single {mutation.old!r}")
+            file.write_text(code.replace(mutation.old, mutation.new))
+            red = red_tests(copy, mutation)
+            file.write_text(code)
+            found[mutation.name] = {
+                "file": mutation.file,
+                "backend": mutation.backend,
+                "red": len(red),
+                "tests": sorted(red)[:20],
+            }
+            seconds = time.perf_counter() - began
+            print(f"{len(red):5d} red  {seconds:5.0f} s  {mutation.name}", flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="", help="mutations whose name or file holds this")
+    parser.add_argument("--write", action="store_true", help=f"store the counts in {RESULTS.name}")
+    arguments = parser.parse_args()
+    chosen = tuple(m for m in MUTATIONS if arguments.only in m.name or arguments.only in m.file)
+    found = measure(chosen)
+    if arguments.write:
+        stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        RESULTS.write_text(json.dumps({**stored, **found}, indent=1) + "\n")
+    unseen = [name for name, result in found.items() if not result["red"]]
+    if unseen:
+        raise SystemExit(f"no test noticed: {unseen}")
+
+
+if __name__ == "__main__":
+    main()
