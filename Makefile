@@ -10,7 +10,7 @@ TFRS := TF_USE_LEGACY_KERAS=1 KERAS_BACKEND=tensorflow
 PYTEST := $(BIN)/python -m pytest -n 2
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: demo vision text tune benchmarks benchmarks-table router-table test lint docs test-jax test-tensorflow test-torch test-tfrs test-once test-extras constraints clean
+.PHONY: demo vision text tune benchmarks benchmarks-table router-table check test test-everywhere lint docs test-jax test-tensorflow test-torch test-tfrs test-once test-extras constraints clean
 
 demo: $(VENV)/.demo
 	$(TFRS) $(BIN)/python examples/recommend_movies.py
@@ -38,6 +38,17 @@ benchmarks-table: $(VENV)/.dev
 router-table: $(VENV)/.dev
 	$(BIN)/python -m tests.router_checks
 
+# The short loop: what most mistakes turn red, on the backend that compiles nothing, and the bridge.
+CHECK_TESTS := tests/dispatch tests/parity tests/routers tests/layers/test_contract.py \
+	tests/layers/test_frozen.py tests/layers/test_idle_experts.py tests/layers/test_traps.py \
+	tests/layers/test_values_and_gradients.py tests/tuning/test_active_cost.py \
+	tests/tuning/test_active_flops.py tests/tuning/test_active_parameters.py \
+	tests/tuning/test_check_project.py
+
+check: lint
+	KERAS_BACKEND=torch $(PYTEST) $(CHECK_TESTS)
+	$(TFRS) $(PYTEST) tests/integrations/test_tfrs.py -k "loss or frozen or train or saved"
+
 test: lint docs test-jax test-tensorflow test-torch test-tfrs test-once
 
 lint: $(VENV)/.dev
@@ -50,19 +61,25 @@ lint: $(VENV)/.dev
 docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict
 
-# What runs on every backend, once per backend, each in a process of its own.
+# Once per backend, each in a process of its own. What no backend can break alone runs on PyTorch only, which
+# compiles nothing (the marker `one_backend`); `make test-everywhere` runs all on all.
 CORE_TESTS := tests/callbacks tests/dispatch tests/layers tests/models tests/oracle tests/parity \
-	tests/plots tests/reporting tests/routers tests/tuning tests/examples/test_image_classification.py \
-	tests/examples/test_text_switch_transformer.py tests/examples/test_tune_moe.py
+	tests/plots tests/reporting tests/routers tests/tuning
+JAX_EXAMPLES := tests/examples/test_image_classification.py tests/examples/test_text_switch_transformer.py \
+	tests/examples/test_tune_moe.py
 
 # Most of a test's time goes into compiling small programs. So LLVM does not optimise them, XLA still does, and JAX
 # takes those that it knows from a run before. `test-once` compiles as users do.
-test-jax test-tensorflow: export XLA_FLAGS ?= --xla_backend_optimization_level=0
+test-tensorflow: export XLA_FLAGS ?= --xla_backend_optimization_level=0
+test-jax: export XLA_FLAGS ?= --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false
 test-jax: export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax_cache
 test-jax: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
 
 test-jax test-tensorflow test-torch: test-%: $(VENV)/.dev
-	KERAS_BACKEND=$* $(PYTEST) $(CORE_TESTS)
+	KERAS_BACKEND=$* $(PYTEST) $(CORE_TESTS) $(ARGS)
+
+test-everywhere: $(VENV)/.dev
+	$(MAKE) test-jax test-tensorflow test-torch ARGS="--everything $(JAX_EXAMPLES)"
 
 # What lives in Keras 2 needs its own environment.
 test-tfrs: $(VENV)/.dev
@@ -71,7 +88,7 @@ test-tfrs: $(VENV)/.dev
 # What does not depend on the backend, or starts a process per backend itself.
 test-once: $(VENV)/.dev
 	KERAS_BACKEND=jax $(PYTEST) tests/benchmarks tests/cross_backend tests/distribution tests/docs \
-		tests/packaging
+		tests/packaging $(JAX_EXAMPLES)
 
 # Each extra in an environment of its own, which is made and deleted: `make test-extras ARGS="tuner plot"`.
 test-extras: $(VENV)/.dev

@@ -16,6 +16,7 @@ from keras import ops
 from keras.src import testing
 
 from keras_moe import exporting
+from tests.helpers import assert_close
 
 D = 6  # model width of all contract inputs
 
@@ -52,13 +53,44 @@ def tokens(batch: int = 4, length: int = 5, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(batch, length, D)).astype("float32")
 
 
+def only(applies: Callable[[Case], Any]) -> Callable[[Callable], Callable]:
+    """Marks a check that some cases are collected for."""
+
+    def mark(check: Callable) -> Callable:
+        check.applies = applies
+        return check
+
+    return mark
+
+
+def applies(check: Callable, case: Case) -> bool:
+    return bool(getattr(check, "applies", lambda case: True)(case))
+
+
+def assert_same(
+    what: str, actual: Any, expected: Any, rtol: float = 1e-5, atol: float = 1e-6
+) -> None:
+    """Fails unless two structures of tensors are alike, and says which tensor differs where."""
+    actual, expected = arrays(actual), arrays(expected)
+    assert len(actual) == len(expected), f"{what}: {len(actual)} tensors, not {len(expected)}"
+    for index, (a, b) in enumerate(zip(actual, expected, strict=True)):
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=atol, err_msg=f"{what}, tensor {index}")
+
+
+def assert_finite(what: str, values: Any) -> None:
+    for index, value in enumerate(arrays(values)):
+        bad = np.argwhere(~np.isfinite(value))
+        assert not len(bad), f"{what}, tensor {index}: not finite at {bad[0]} of {value}"
+
+
+def assert_zero(what: str, values: Any) -> None:
+    for index, value in enumerate(arrays(values)):
+        assert not np.any(value), f"{what}, tensor {index}, should be 0: {value}"
+
+
 def arrays(outputs: Any) -> list[np.ndarray]:
     """The tensors of any structure as NumPy arrays."""
     return [ops.convert_to_numpy(leaf) for leaf in keras.tree.flatten(outputs)]
-
-
-def first(outputs: Any) -> np.ndarray:
-    return arrays(outputs)[0]
 
 
 def run(layer: keras.layers.Layer, x: np.ndarray, mask: Any = None, **arguments: Any) -> Any:
@@ -195,36 +227,32 @@ def check_empty_batch(case: Case) -> None:
     for shape in [(0, 3, D), (2, 0, D), (0, D)]:
         for training in (False, True):
             layer = case.make()
-            outputs = arrays(run(layer, np.zeros(shape, "float32"), training=training))
-            assert all(o.shape == (*shape[:-1], case.output_dim) for o in outputs)
-            assert all(np.isfinite(loss).all() for loss in arrays(layer.losses))
-            assert all(np.all(count == 0) for count in layer.running_counts().values())
+            for output in arrays(run(layer, np.zeros(shape, "float32"), training=training)):
+                assert output.shape == (*shape[:-1], case.output_dim)
+            assert_finite(f"losses of {shape}", layer.losses)
+            assert_zero(f"counts of {shape}", layer.running_counts())
 
 
 def check_one_token_and_more_experts_than_tokens(case: Case) -> None:
     for training in (False, True):
         layer = case.make()
-        outputs = arrays(run(layer, tokens(1, 1), training=training))
-        assert all(np.isfinite(output).all() for output in outputs)
-        assert all(np.isfinite(loss).all() for loss in arrays(layer.losses))
+        assert_finite("outputs", run(layer, tokens(1, 1), training=training))
+        assert_finite("losses", layer.losses)
 
 
 def check_inference_is_deterministic(case: Case) -> None:
     layer, x = case.make(), tokens()
-    once, twice = arrays(run(layer, x, training=False)), arrays(run(layer, x, training=False))
-    for a, b in zip(once, twice, strict=True):
-        np.testing.assert_array_equal(a, b)
+    once, twice = run(layer, x, training=False), run(layer, x, training=False)
+    assert_same("the second call", twice, once, rtol=0, atol=0)
 
 
+@only(lambda case: case.is_batchwise)
 def check_examples_are_independent(case: Case) -> None:
     """Without a capacity shared by the batch, no output depends on the rest of the batch."""
-    if not case.is_batchwise:
-        return
     layer, x = case.make(), tokens(batch=6)
     together = arrays(run(layer, x, training=False))
-    alone = arrays(run(layer, x[2:3], training=False))
-    for whole, one in zip(together, alone, strict=True):
-        np.testing.assert_allclose(whole[2:3], one, rtol=1e-5, atol=1e-6)
+    alone = run(layer, x[2:3], training=False)
+    assert_same("example 2 alone", alone, [whole[2:3] for whole in together])
 
 
 def check_padding_changes_nothing(case: Case) -> None:
@@ -237,31 +265,25 @@ def check_padding_changes_nothing(case: Case) -> None:
     plain = arrays(run(layer, x, training=False))
     plain_losses = arrays(layer.losses)
     masked = arrays(run(layer, padded, mask=mask, training=False))
-    for whole, part in zip(masked, plain, strict=True):
-        np.testing.assert_allclose(whole[:, :4], part, rtol=1e-5, atol=1e-6)
-        np.testing.assert_array_equal(whole[:, 4:], np.zeros_like(whole[:, 4:]))
-    for a, b in zip(arrays(layer.losses), plain_losses, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5)
+    assert_same("real tokens", [whole[:, :4] for whole in masked], plain)
+    assert_zero("padding", [whole[:, 4:] for whole in masked])
+    assert_same("losses", layer.losses, plain_losses, atol=0)
 
 
 def check_everything_masked(case: Case) -> None:
     """Nothing but padding: zero outputs, finite losses, zero counts, finite gradients."""
     layer, x = case.make(), tokens(2, 3)
     mask = np.zeros((2, 3), "bool")
-    outputs = arrays(run(layer, x, mask=mask, training=True))
-    assert all((output == 0).all() for output in outputs)
-    assert all(np.isfinite(loss).all() for loss in arrays(layer.losses))
-    if hasattr(layer, "running_counts"):
-        assert all(np.all(count == 0) for count in layer.running_counts().values())
+    assert_zero("outputs", run(layer, x, mask=mask, training=True))
+    assert_finite("losses", layer.losses)
+    assert_zero("counts", layer.running_counts())
 
 
 def check_padding_is_not_counted(case: Case) -> None:
     layer = case.make()
-    if not hasattr(layer, "running_counts"):
-        return
     x, mask = tokens(2, 4), np.array([[1, 1, 0, 0], [1, 0, 0, 0]], "bool")
     run(layer, x, mask=mask, training=False)
-    assert all(np.all(count == 0) for count in layer.running_counts().values())
+    assert_zero("counts after inference", layer.running_counts())
     run(layer, x, mask=mask, training=True)
     counts = layer.running_counts()
     if getattr(layer, "routing_level", "token") == "token":
@@ -269,23 +291,22 @@ def check_padding_is_not_counted(case: Case) -> None:
     else:
         assert counts["decisions"] == 2
     layer.reset_running_counts()
-    assert all(np.all(count == 0) for count in layer.running_counts().values())
+    assert_zero("counts after a reset", layer.running_counts())
 
 
+@only(lambda case: case.is_rowwise)
 def check_bad_row_stays_alone(case: Case) -> None:
     """A NaN or Inf token is in its own output row and in nobody else's."""
-    if not case.is_rowwise:
-        return
+    layer, x = case.make(), tokens()
+    clean = arrays(run(layer, x, training=False))
     for bad in (np.nan, np.inf, -np.inf):
-        layer, x = case.make(), tokens()
-        clean = arrays(run(layer, x, training=False))
         spoilt = x.copy()
         spoilt[1, 2, 3] = bad
-        dirty = arrays(run(layer, spoilt, training=False))
+        dirty = [output.copy() for output in arrays(run(layer, spoilt, training=False))]
         for a, b in zip(clean, dirty, strict=True):
-            assert not np.isfinite(b[1, 2]).all()
+            assert not np.isfinite(b[1, 2]).all(), f"{bad} gave {b[1, 2]}"
             b[1, 2] = a[1, 2]
-            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+        assert_same(f"other rows than that of {bad}", dirty, clean)
 
 
 def check_experts_start_different(case: Case) -> None:
@@ -294,14 +315,13 @@ def check_experts_start_different(case: Case) -> None:
     kernels = [w for w in layer.trainable_weights if "experts" in w.path and "kernel" in w.path]
     stacked = [ops.convert_to_numpy(w.value) for w in kernels if len(w.shape) == 3]
     assert stacked or "expert_0" in kernels[0].path
-    for kernel in stacked:
-        for expert in range(1, kernel.shape[0]):
-            assert np.abs(kernel[expert] - kernel[0]).max() > 1e-3
     if not stacked:
         first_kernel, *others = [ops.convert_to_numpy(w.value) for w in kernels]
-        same_shape = [other for other in others if other.shape == first_kernel.shape]
-        assert same_shape
-        assert all(np.abs(other - first_kernel).max() > 1e-3 for other in same_shape)
+        stacked = [np.stack([first_kernel, *(o for o in others if o.shape == first_kernel.shape)])]
+        assert len(stacked[0]) > 1
+    for kernel in stacked:
+        for expert in range(1, kernel.shape[0]):
+            assert np.abs(kernel[expert] - kernel[0]).max() > 1e-3, f"expert {expert} is expert 0"
 
 
 def check_frozen(case: Case) -> None:
@@ -320,10 +340,12 @@ def check_frozen(case: Case) -> None:
     everything = trained(after)
     assert len(everything) == case.trainable
     after.trainable = False
-    for layer in (by_argument, before, after, case.layer.from_config(after.get_config())):
+    again = case.layer.from_config(after.get_config())
+    for layer in (by_argument, before, after, again):
         assert not trained(layer)
+    for layer in (by_argument, again):
         run(layer, tokens(), training=True)
-        assert not layer.losses
+        assert not arrays(layer.losses)
     after.trainable = True
     assert trained(after) == everything
 
@@ -349,7 +371,7 @@ def check_mixed_precision(case: Case) -> None:
         for output, wanted in zip(outputs, expected, strict=True):
             assert keras.backend.standardize_dtype(output.dtype) == layer.compute_dtype
             got = ops.convert_to_numpy(ops.cast(output, "float32"))
-            assert np.abs(got - wanted).max() < 0.05 * np.abs(wanted).max()
+            assert_close(got, wanted, policy, 0.05)
         for weight in layer.weights:
             assert keras.backend.standardize_dtype(weight.dtype) == "float32", weight.path
         for sublayer in layer._flatten_layers(include_self=False):
@@ -374,8 +396,7 @@ def check_pure_precision(case: Case) -> None:
         for output, wanted, symbolic in zip(outputs, expected, spec, strict=True):
             assert keras.backend.standardize_dtype(output.dtype) == symbolic.dtype == policy
             got = ops.convert_to_numpy(ops.cast(output, "float32"))
-            tolerance = 1e-5 if policy == "float64" else 0.05
-            assert np.abs(got - wanted).max() < tolerance * np.abs(wanted).max()
+            assert_close(got, wanted, policy, 1e-5 if policy == "float64" else 0.05)
 
 
 def check_fit(case: Case, jit_compile: bool, data: Callable[[], Any]) -> None:
@@ -387,7 +408,7 @@ def check_fit(case: Case, jit_compile: bool, data: Callable[[], Any]) -> None:
     model.compile(keras.optimizers.SGD(0.1), "mse", jit_compile=jit_compile)
     before = [ops.convert_to_numpy(w.value).copy() for w in layer.trainable_weights]
     history = model.fit(data(), epochs=2, verbose=0)
-    assert np.isfinite(history.history["loss"]).all()
+    assert_finite("loss", history.history["loss"])
     after = [ops.convert_to_numpy(w.value) for w in layer.trainable_weights]
     unchanged = [
         w.path
@@ -403,9 +424,8 @@ def check_save_and_load(case: Case, path: Any) -> None:
     x = tokens()
     model.save(path)
     again = keras.saving.load_model(path)
-    outputs, loaded = model.predict_on_batch(x), again.predict_on_batch(x)
-    for a, b in zip(arrays(outputs), arrays(loaded), strict=True):
-        np.testing.assert_array_equal(a, b)
+    loaded = again.predict_on_batch(x)
+    assert_same("the loaded model", loaded, model.predict_on_batch(x), rtol=0, atol=0)
     assert [w.path for w in again.weights] == [w.path for w in model.weights]
 
 
@@ -415,9 +435,7 @@ def check_return_routing(case: Case) -> None:
     inputs = keras.Input((None, D))
     symbolic = layer(inputs, return_routing=True)
     outputs, routing = run(layer, tokens(), return_routing=True)
-    plain = layer(tokens())
-    for a, b in zip(arrays(outputs), arrays(plain), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    assert_same("outputs with a record", outputs, run(layer, tokens()))
     assert type(symbolic[1]) is type(routing)
     specs, leaves = keras.tree.flatten(symbolic), keras.tree.flatten((outputs, routing))
     for spec, leaf in zip(specs, leaves, strict=True):
@@ -426,9 +444,7 @@ def check_return_routing(case: Case) -> None:
         for known, real in zip(spec.shape, leaf.shape, strict=True):
             assert known is None or known == real
     model = keras.Model(inputs, symbolic)
-    in_model = model.predict_on_batch(tokens())
-    for a, b in zip(arrays(in_model), arrays((outputs, routing)), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    assert_same("in a model", model.predict_on_batch(tokens()), (outputs, routing))
 
 
 def check_exporting_changes_no_value(case: Case) -> None:
@@ -440,8 +456,7 @@ def check_exporting_changes_no_value(case: Case) -> None:
     with exporting():
         outputs = arrays(run(layer, x, mask, training=False))
     _compiled.cache_clear()
-    for a, b in zip(outputs, expected, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    assert_same("while exporting", outputs, expected)
 
 
 def check_mask_goes_on(case: Case) -> None:
@@ -452,11 +467,9 @@ def check_mask_goes_on(case: Case) -> None:
     pooled = [keras.layers.GlobalAveragePooling1D()(output) for output in outputs]
     model = keras.Model(inputs, pooled)
     short, padded = np.array([[3, 5]]), np.array([[3, 5, 0, 0]])
-    if not case.is_batchwise or (not case.is_rowwise and not case.mixes_tokens):
-        return
-    outputs, longer = model.predict_on_batch(short), model.predict_on_batch(padded)
-    for a, b in zip(arrays(outputs), arrays(longer), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    if case.is_batchwise and (case.is_rowwise or case.mixes_tokens):  # else padding takes slots
+        longer = model.predict_on_batch(padded)
+        assert_same("means over real tokens", longer, model.predict_on_batch(short))
 
 
 def check_bad_inputs(case: Case) -> None:

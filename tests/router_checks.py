@@ -31,7 +31,7 @@ TOKEN_HASH = "tests.routers.test_token_hash"
 TESTS = {
     (ORACLE, "test_equals_its_oracle", ""): ("values", "gradients"),
     (ORACLE, "test_equals_its_oracle", "-masked"): ("masks",),
-    (CONTRACT, "test_layer_contract", "check_padding_changes_nothing"): ("masks",),
+    (CONTRACT, "test_layer_contract", "padding_changes_nothing"): ("masks",),
     (CONTRACT, "test_fit", "True"): ("jit",),
     (CONTRACT, "test_save_and_load", ""): ("save, load",),
     (RESUME, "test_going_on_from_a_file_equals_going_on", ""): ("save, load", "resume"),
@@ -43,7 +43,7 @@ OWN_TESTS = {
 # torch compiles with inductor, a C++ compiler and minutes per layer.
 NOT_RUN = {("jit", "torch")}
 
-OTHERS = "(test_layer_contract and not check_padding_changes_nothing)"
+OTHERS = "(test_layer_contract and not padding_changes_nothing)"
 
 Passed = dict[str, dict[str, list[str]]]
 

@@ -11,6 +11,8 @@ from tests import contract, helpers
 from tests.contract import Case
 from tests.oracle import soft_moe
 
+pytestmark = pytest.mark.one_backend("sums of the same operations as plain Soft MoE")
+
 ops = keras.ops
 ABLATIONS = ["soft_uniform", "uniform_soft", "uniform", "identity"]
 WITH_PHI = ("soft", "soft_uniform", "uniform_soft")
@@ -20,6 +22,7 @@ def ragged(batch, length, seed):
     return np.random.default_rng(seed).random((batch, length)) < 0.6
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("mixing", ABLATIONS)
 @pytest.mark.parametrize(("per_expert", "experts"), [(1, "mlp"), (2, "glu")])
 @pytest.mark.parametrize("masked", [False, True])

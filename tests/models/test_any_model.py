@@ -17,6 +17,8 @@ from keras_moe.models import task_gates
 from keras_moe.recording import count_routing
 from keras_moe.reporting import page
 
+pytestmark = pytest.mark.one_backend("helpers read what layers return")
+
 N, T, D = 10, 4, 6  # examples, tokens, width
 BATCH = 6  # 6 and 4: JAX compiles every operation for every size
 TOKENS = np.random.default_rng(0).normal(size=(N, T, D)).astype("float32")
@@ -327,6 +329,7 @@ UNBUILT = {
 }
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("kind", UNBUILT)
 def test_watched_and_costed_in_fit(kind):
     make, x = UNBUILT[kind]

@@ -11,6 +11,8 @@ from keras_moe.tuning import active_flops
 from tests import helpers
 from tests.oracle import moe, transformer
 
+pytestmark = pytest.mark.one_backend("masks are Keras's on every backend")
+
 BACKEND = keras.backend.backend()
 PADDING, VOCABULARY = 7, 11
 SMALL = {"width": 12, "depth": 2, "num_heads": 3, "mlp_dim": 20, "max_length": 16}
@@ -286,6 +288,7 @@ def test_fit_and_evaluate_leave_padding_out_of_loss_and_metrics(side):
         assert found[name] == pytest.approx(value, rel=1e-5), name
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("kind", ["moe", "causal soft"])
 def test_a_step_is_that_without_padding(kind):
     texts = texts_of(6, 6, 6)
@@ -334,6 +337,7 @@ def test_steps_of_positions_are_no_longer_than_the_learning_rate():
     assert not step[6:].any(), "only padding is there"
 
 
+@pytest.mark.every_backend
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="elsewhere shapes are known")
 def test_a_dataset_of_unknown_lengths():
     import tensorflow as tf
@@ -352,6 +356,7 @@ def test_a_dataset_of_unknown_lengths():
 # === Saving, structure ===
 
 
+@pytest.mark.every_backend
 def test_comes_back_from_a_file(tmp_path):
     model = small(feed_forward="moe", feed_forward_arguments={"num_experts": 4})
     tokens, mask = padded(texts_of(6, 3, 0), 9, "left")
@@ -366,6 +371,7 @@ def test_comes_back_from_a_file(tmp_path):
     )
 
 
+@pytest.mark.every_backend
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="a SavedModel is TensorFlow's")
 def test_an_exported_model_knows_its_padding(tmp_path):
     import tensorflow as tf

@@ -19,6 +19,8 @@ from keras_moe.models import (
 from tests import helpers
 from tests.oracle import moe, transformer
 
+pytestmark = pytest.mark.one_backend("masks are Keras's on every backend")
+
 # === Images ===
 
 SMALL = {"patch_size": 2, "width": 12, "depth": 2, "num_heads": 3, "mlp_dim": 20}
@@ -126,6 +128,7 @@ def arrays(outputs):
     return keras.tree.map_structure(ops.convert_to_numpy, outputs)
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("trunk", ["mmoe", "shared_bottom"])
 def test_masked_places_of_a_history_are_padding(trunk):
     model, batch = ranker(trunk=trunk), examples()

@@ -15,6 +15,8 @@ import keras_moe
 from keras_moe.models import HistoryMean, features, multitask_ranker, task_gates
 from tests import helpers
 
+pytestmark = pytest.mark.one_backend("made of layers that are tested everywhere")
+
 FEATURES = [
     features.Categorical("user", 7, dim=4),
     features.Categorical("movie", 9, dim=4),
@@ -125,6 +127,7 @@ def expected_predictions(batch, weights):
     return predictions
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -206,6 +209,7 @@ def test_long_histories_in_bfloat16_add_up_in_float32():
 # === Training, seeds, precision ===
 
 
+@pytest.mark.every_backend
 def test_compiled_fit_lowers_every_loss():
     batch = examples(64)
     widths = {"shared_units": 32, "expert_units": 16, "tower_units": 16}

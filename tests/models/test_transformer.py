@@ -11,6 +11,8 @@ from keras_moe.tuning import active_flops
 from tests.helpers import randomize_weights
 from tests.oracle import moe, transformer
 
+pytestmark = pytest.mark.one_backend("made of layers that are tested everywhere")
+
 BACKEND = keras.backend.backend()
 SMALL = {"width": 12, "depth": 2, "num_heads": 3, "mlp_dim": 20, "max_length": 16}
 VOCABULARY = 11
@@ -60,6 +62,7 @@ def forward(tokens, weights, *, qk_norm, mixtures):
     return x @ weights["head/kernel"] + weights["head/bias"]
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("qk_norm", [False, True])
 @pytest.mark.parametrize("moe_block", [None, 1])
 def test_values_are_the_equations(qk_norm, moe_block):
@@ -214,6 +217,7 @@ def test_active_flops_by_hand():
 # === Training and saving ===
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("kind", ["dense", "moe", "switch"])
 def test_learns_to_count_and_comes_back(kind, tmp_path):
     model = small(qk_norm=True, dropout=0.02, **MIXTURES[kind])

@@ -12,6 +12,8 @@ from keras_moe.models import PositionEmbedding, QKNormAttention, vit
 from tests.helpers import randomize_weights
 from tests.oracle import soft_moe, transformer
 
+pytestmark = pytest.mark.one_backend("made of layers that are tested everywhere")
+
 BACKEND = keras.backend.backend()
 SMALL = {"patch_size": 2, "width": 12, "depth": 2, "num_heads": 3, "mlp_dim": 20}
 
@@ -203,6 +205,7 @@ def test_the_head_is_float32_under_mixed_precision():
 # === Training and saving ===
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("feed_forward", ["soft_moe", "moe"])
 def test_fits_and_comes_back(feed_forward, tmp_path):
     rng = np.random.default_rng(0)

@@ -2,9 +2,12 @@
 
 import keras
 import numpy as np
+import pytest
 
 from keras_moe import layers
 from keras_moe.recording import count_routing
+
+pytestmark = pytest.mark.one_backend("pictures are of NumPy arrays")
 
 X = np.random.default_rng(0).normal(size=(4, 5, 6)).astype("float32")
 X[0, 3:] = 0.0  # padding

@@ -8,6 +8,8 @@ from keras import ops
 import keras_moe
 from keras_moe import layers, plots
 
+pytestmark = pytest.mark.one_backend("pictures are of NumPy arrays")
+
 T, D = 4, 6
 X = np.random.default_rng(0).normal(size=(10, T, D)).astype("float32")
 Y = np.arange(10) % 2

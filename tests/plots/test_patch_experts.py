@@ -9,6 +9,8 @@ from keras_moe import layers, models, plots
 from keras_moe.plots._canvas import FILLS
 from keras_moe.plots._records import Record, weights_of
 
+pytestmark = pytest.mark.one_backend("pictures are of NumPy arrays")
+
 
 def model_of(layer):
     """A model of images of 4 x 4 x 1 whose 2 x 2 patches are the tokens."""

@@ -8,6 +8,8 @@ import pytest
 
 from keras_moe import callbacks, layers, plots
 
+pytestmark = pytest.mark.one_backend("pictures are of NumPy arrays")
+
 X = np.random.default_rng(0).normal(size=(40, 6)).astype("float32")
 
 

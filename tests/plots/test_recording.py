@@ -8,6 +8,8 @@ import keras_moe
 from keras_moe import layers
 from keras_moe.recording import count_routing
 
+pytestmark = pytest.mark.one_backend("pictures are of NumPy arrays")
+
 
 def model_of(*mixtures):
     inputs = outputs = keras.Input((5, 6))

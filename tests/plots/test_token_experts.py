@@ -8,6 +8,8 @@ from matplotlib.colors import to_rgb
 from keras_moe import layers, plots
 from keras_moe.plots._canvas import FILLS, tint
 
+pytestmark = pytest.mark.one_backend("pictures are of NumPy arrays")
+
 TEXTS = ["a", " b", "$1$", "\n", "long word", ""]
 
 

@@ -8,6 +8,8 @@ from keras_moe.reporting.gather import gather
 from keras_moe.reporting.labels import labels_of
 from keras_moe.reporting.top_tokens import texts_of, top_tokens
 
+pytestmark = pytest.mark.one_backend("a page is of NumPy arrays")
+
 X = np.arange(20, dtype="float32").reshape(10, 2)
 Y = np.arange(10)
 

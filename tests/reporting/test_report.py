@@ -14,6 +14,8 @@ from keras_moe.callbacks.health import health
 from keras_moe.reporting.summary import MEANINGS, UNJUDGED, all_parameters
 from keras_moe.tuning import active_parameters
 
+pytestmark = pytest.mark.one_backend("a page is of NumPy arrays")
+
 VOID = {"meta", "img"}
 IMAGES = np.random.default_rng(0).normal(size=(48, 4, 4, 1)).astype("float32")
 EVIL = '<script>"&'

@@ -9,6 +9,8 @@ from keras_moe.routers import losses
 from tests import helpers
 from tests.oracle import losses as oracle
 
+pytestmark = pytest.mark.one_backend("formulas of few operations, which the oracles cover")
+
 D = 4
 ALL = {
     "sequence_balance_weight": 0.5,
@@ -86,6 +88,7 @@ def test_a_batch_in_balance_of_sequences_that_are_not():
     assert numpy(losses.sequence_balance_loss(*arguments, 1, None)) == pytest.approx(1.0)
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("name", HAVE_PROBABILITIES)
 def test_a_layer_adds_them_for_each_sequence(name):
     """Against the oracle, with padding and a sequence of nothing but padding."""
@@ -118,6 +121,7 @@ def test_a_layer_adds_them_for_each_sequence(name):
     assert np.isfinite(alone).all()
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("name", [*HAVE_PROBABILITIES, *ENTROPIES_ONLY])
 def test_no_gradient_is_nan(name):
     """At balance, at zero vectors, for sure routers, with one token, and with none."""

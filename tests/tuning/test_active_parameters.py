@@ -7,6 +7,8 @@ import pytest
 from keras_moe import layers
 from keras_moe.tuning.active_parameters import active_parameters
 
+pytestmark = pytest.mark.one_backend("arithmetic on configurations")
+
 D, H, E = 4, 10, 5
 MLP = (D * H + H) + (H * D + D)
 

@@ -9,6 +9,8 @@ import pytest
 from keras_moe import tuning
 from keras_moe.models import features
 
+pytestmark = pytest.mark.one_backend("arithmetic on configurations")
+
 
 def contents(folder):
     return {

@@ -13,6 +13,7 @@ from keras_moe import layers, tuning
 from keras_moe.models import features
 
 pytestmark = [
+    pytest.mark.one_backend("arithmetic on configurations"),
     pytest.mark.usefixtures("quick_search"),
     # KerasTuner loads a checkpoint's weights into a model that has not trained.
     pytest.mark.filterwarnings("ignore:Skipping variable loading for optimizer:UserWarning"),

@@ -6,6 +6,8 @@ import pytest
 from keras_moe import layers
 from keras_moe.tuning import active_flops, count_products, layer_flops
 
+pytestmark = pytest.mark.one_backend("arithmetic on configurations")
+
 N, D, H, E = 6, 4, 10, 5  # tokens, model width, hidden width, experts
 
 

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from keras_moe import layers, tuning
 
+pytestmark = pytest.mark.one_backend("arithmetic on configurations")
+
 many = settings(deadline=None, max_examples=60, derandomize=True)
 seeds = st.integers(0, 2**16)
 experts_choices = st.lists(st.sampled_from([1, 2, 3, 4, 8]), min_size=1, max_size=4)
