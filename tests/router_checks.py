@@ -72,7 +72,9 @@ def every_router() -> list[str]:
     return sorted(
         name
         for name, each in vars(routers).items()
-        if isinstance(each, type) and issubclass(each, routers.Router) and name != "Router"
+        if isinstance(each, type)
+        and issubclass(each, routers.Router)
+        and name not in ("Router", "LinearRouter")
     )
 
 

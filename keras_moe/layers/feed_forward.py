@@ -1,6 +1,7 @@
 """What `MoE` and `SoftMoE` share: a bank of feed-forward experts and its arguments."""
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -95,6 +96,17 @@ class ExpertFeedForward(FreezesParts, RematerializesExperts):
                 output_dim=self.output_dim,
             )
 
+    def _refuse_descriptions(self) -> None:
+        """Fails where an argument describes experts that the layer does not make."""
+        given = {name: getattr(self, name) for name in ("hidden_dim", *_DESCRIPTIONS)}
+        for name, value in given.items():
+            default = _DESCRIPTIONS.get(name, _same)(_default_of(type(self), name))
+            if _comparable(value) != _comparable(default):
+                _checks.fail(
+                    f"`{name}` must be left out where `experts` are layers: give it to these.",
+                    **{name: value},
+                )
+
     def _given_experts(self, experts: Any) -> Any:
         """The bank where experts are objects; named ones are made by `_make_experts`, None here."""
         if isinstance(experts, str):
@@ -120,10 +132,16 @@ class ExpertFeedForward(FreezesParts, RematerializesExperts):
             )
         return LayerExperts(experts, self.num_experts, name="experts", dtype=self.dtype_policy)
 
-    def _make_experts(self) -> None:
-        """Makes the bank of named experts; after the router, whose weights come first."""
+    def _make_experts(self, others: int = 0) -> None:
+        """Makes the bank of named experts; after the router, whose weights come first.
+
+        Args:
+            others: how many other experts the layer makes, which its arguments describe too.
+        """
         if self._experts_name is not None:
             self.experts = self._mlp(self.num_experts, "experts")
+        elif not others:
+            self._refuse_descriptions()
 
     def _build_experts(self, width: int) -> None:
         build_once(self.experts, (self.num_experts, None, width))
@@ -183,6 +201,38 @@ class ExpertFeedForward(FreezesParts, RematerializesExperts):
             "bias_constraint": keras.constraints.serialize(self.bias_constraint),
             "seed": self.seed,
         }
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+# Arguments that describe the experts that a layer makes, and what they are made of.
+_DESCRIPTIONS: dict[str, Callable[[Any], Any]] = {
+    "activation": keras.activations.get,
+    "use_bias": _same,
+    "dropout": _same,
+    "kernel_initializer": keras.initializers.get,
+    "bias_initializer": keras.initializers.get,
+    "kernel_regularizer": keras.regularizers.get,
+    "bias_regularizer": keras.regularizers.get,
+    "kernel_constraint": keras.constraints.get,
+    "bias_constraint": keras.constraints.get,
+}
+
+
+def _default_of(layer: type, argument: str) -> Any:
+    """The default of a constructor's argument, which a subclass may hand on in `**kwargs`."""
+    for base in layer.__mro__:
+        found = inspect.signature(base).parameters.get(argument)
+        if found is not None and found.default is not inspect.Parameter.empty:
+            return found.default
+    return None
+
+
+def _comparable(value: Any) -> Any:
+    """An object of Keras as what makes it, to be compared with another."""
+    return (type(value), value.get_config()) if hasattr(value, "get_config") else value
 
 
 def flat_mask(layer: str, inputs: Tensor, mask: Tensor | None, axes: tuple[Any, ...]) -> Any:

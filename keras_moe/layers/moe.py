@@ -55,9 +55,9 @@ class MoE(ExpertFeedForward):
         num_experts: Positive integer, the number of experts E.
         hidden_dim: Positive integer, the hidden width h of each expert. Only `None` where `experts`
             are Keras layers. Defaults to `None`.
-        top_k: Integer between 1 and `num_experts`, the experts per token k. Ignored by routers that
-            fix it: "switch" (1), "dense" and "uniform" (all), or a `Router` object. Defaults to
-            `2`.
+        top_k: Integer between 1 and `num_experts`, the experts per token k. None for 2, or for
+            what a router fixes: "switch" (1), "dense" and "uniform" (all), a `Router` object.
+            Defaults to `None`.
         router: `"top_k"`, `"switch"`, `"noisy_top_k"`, `"batch_priority"`, `"no_token_left"`,
             `"sigmoid_bias"`, `"sinkhorn"`, `"expert_choice"`, `"relu"`, `"dselect_k"`, `"dense"`,
             `"hash"`, `"random"`, `"uniform"`, a config or a `keras_moe.routers.Router`, which then
@@ -80,10 +80,10 @@ class MoE(ExpertFeedForward):
         use_bias: Whether experts have biases. The router has none. Defaults to `True`.
         dropout: Float in [0, 1), dropout after the experts' hidden layer. Defaults to `0.0`.
         balance_weight: Coefficient of the balance loss, which is 1 at perfect balance, of a named
-            router; None for the router's own, 0.01 (Switch) unless it balances otherwise. Defaults
-            to `None`.
-        z_loss_weight: Coefficient of the router z-loss of a named router; None for the router's
-            own, 0.001 (ST-MoE) or, where its paper has none, 0. Defaults to `None`.
+            router that has one; None for the router's own, 0.01 (Switch) unless it balances
+            otherwise. Defaults to `None`.
+        z_loss_weight: Coefficient of the router z-loss of a named router that has one; None for
+            the router's own, 0.001 (ST-MoE) or, where its paper has none, 0. Defaults to `None`.
         routing_level: `"token"`: each token is routed on its own; `"example"`: one decision per
             example, from the mean of its unmasked tokens. Defaults to `"token"`.
         capacity_group: `"batch"` or `"example"`: whether tokens compete for slots in the whole
@@ -143,7 +143,7 @@ class MoE(ExpertFeedForward):
         num_experts: int,
         hidden_dim: int | None = None,
         *,
-        top_k: int = 2,
+        top_k: int | None = None,
         router: Any = "top_k",
         experts: Any = "mlp",
         num_shared_experts: int = 0,
@@ -204,7 +204,9 @@ class MoE(ExpertFeedForward):
                 "nothing.",
                 eval_capacity_factor=eval_capacity_factor,
             )
-        _checks.positive_int("top_k", top_k)
+        _checks.optional(_checks.positive_int, "top_k", top_k)
+        _checks.optional(_checks.non_negative, "balance_weight", balance_weight)
+        _checks.optional(_checks.non_negative, "z_loss_weight", z_loss_weight)
         self.routing_level = _checks.one_of("routing_level", routing_level, _LEVELS)
         self.capacity_group = _checks.one_of("capacity_group", capacity_group, _GROUPS)
         if routing_level == capacity_group == "example":
@@ -233,10 +235,11 @@ class MoE(ExpertFeedForward):
                 capacity_factor=capacity_factor,
             )
         adopt(self.router, "router")
-        # Of a router that was given, or one that has no balance loss.
-        self.balance_weight = self.router.balance_weight
-        self.z_loss_weight = self.router.z_loss_weight
-        self._top_k_argument = top_k
+        self._router_arguments = {
+            "top_k": top_k,
+            "balance_weight": balance_weight,
+            "z_loss_weight": z_loss_weight,
+        }
         self.top_k = self.router.top_k
         self._dispatch_argument = dispatch
         self._check_router()
@@ -246,7 +249,7 @@ class MoE(ExpertFeedForward):
             chooses_tokens=self.router.chooses_tokens,
         )
         self.shared_experts: ExpertMLP | None = None
-        self._make_experts()
+        self._make_experts(others=self.num_shared_experts)
         if self.num_shared_experts:
             self.shared_experts = self._mlp(self.num_shared_experts, "shared_experts")
         freeze_parts(self)
@@ -258,7 +261,7 @@ class MoE(ExpertFeedForward):
             (router.chooses_tokens, "experts choose their tokens"),
             (router.has_capacity, "the router has a capacity of its own"),
             (router.needs_token_ids, "the router reads token ids"),
-            (router.sequence_balance_weight > 0, "there is a `sequence_balance_weight`"),
+            (router.loss_weights.get("sequence_balance"), "there is a sequence balance loss"),
         ):
             if is_so and self.routing_level == "example":
                 _checks.fail(
@@ -409,6 +412,16 @@ class MoE(ExpertFeedForward):
 
     # === What is seen ===
 
+    @property
+    def balance_weight(self) -> float:
+        """The coefficient of the balance loss, 0 where the router has none."""
+        return float(self.router.loss_weights.get("balance", 0.0))
+
+    @property
+    def z_loss_weight(self) -> float:
+        """The coefficient of the router z-loss, 0 where the router has none."""
+        return float(self.router.loss_weights.get("z_loss", 0.0))
+
     def running_counts(self) -> dict[str, Any]:
         """What was counted in training since the last reset.
 
@@ -474,13 +487,11 @@ class MoE(ExpertFeedForward):
         )
         return {
             **super().get_config(),
-            "top_k": self._top_k_argument,
+            **self._router_arguments,
             "router": router,
             "num_shared_experts": self.num_shared_experts,
             "capacity_factor": self.capacity_factor,
             "eval_capacity_factor": self.eval_capacity_factor,
-            "balance_weight": self.balance_weight,
-            "z_loss_weight": self.z_loss_weight,
             "routing_level": self.routing_level,
             "capacity_group": self.capacity_group,
             "dispatch": dispatch,

@@ -69,20 +69,16 @@ class SwitchFFN(MoE):
         router = SwitchRouter(
             num_experts,
             jitter=jitter,
-            balance_weight=balance_weight,
-            z_loss_weight=z_loss_weight,
+            losses={"balance": balance_weight, "z_loss": z_loss_weight},
             seed=seed,
             name="router",
         )
         super().__init__(
             num_experts,
             hidden_dim,
-            top_k=1,
             router=router,
             capacity_factor=capacity_factor,
             eval_capacity_factor=None if capacity_factor is None else eval_capacity_factor,
-            balance_weight=balance_weight,
-            z_loss_weight=z_loss_weight,
             activation=activation,
             seed=seed,
             name=name_or_default(name, "switch_ffn"),
@@ -93,4 +89,5 @@ class SwitchFFN(MoE):
     def get_config(self) -> Config:
         config = super().get_config()
         del config["top_k"], config["router"]
-        return {**config, "jitter": self.jitter}
+        weights = {"balance_weight": self.balance_weight, "z_loss_weight": self.z_loss_weight}
+        return {**config, **weights, "jitter": self.jitter}

@@ -13,7 +13,6 @@ from keras_moe.models import _blocks
 from keras_moe.models._masked_model import MaskedModel
 from keras_moe.models.masked_embedding import MaskedEmbedding
 from keras_moe.models.position_embedding import PositionEmbedding
-from keras_moe.routers import BatchPriorityRouter, NoTokenLeftRouter, SinkhornRouter
 from keras_moe.types import Activation
 
 _MIXTURES: dict[str, Callable[..., keras.layers.Layer]] = {"moe": MoE, "switch": SwitchFFN}
@@ -181,14 +180,6 @@ def _looks_ahead(layer: keras.layers.Layer) -> str | None:
         return "the slots of `SoftMoE` mix all tokens, unless it has `causal=True`"
     if not isinstance(layer, MoE):
         return None
-    if layer.router.chooses_tokens:
-        return "where experts choose their tokens, a token's route depends on later ones"
     if layer.routing_level == "example":
         return '`routing_level="example"` routes by the mean of all tokens'
-    if isinstance(layer.router, SinkhornRouter):
-        return "`SinkhornRouter` balances over all tokens in training"
-    if isinstance(layer.router, NoTokenLeftRouter):
-        return "`NoTokenLeftRouter` sends a token where later ones leave room"
-    if isinstance(layer.router, BatchPriorityRouter) and layer.capacity_factor is not None:
-        return "`BatchPriorityRouter` gives slots to later tokens first"
-    return None
+    return layer.router.looks_ahead(has_capacity=layer.capacity_factor is not None)

@@ -1,6 +1,6 @@
 """Who decides: the rules that send tokens to experts, and the gates of tasks."""
 
-from keras_moe.routers.base import Router
+from keras_moe.routers.base import LinearRouter, Router
 from keras_moe.routers.batch_priority import BatchPriorityRouter
 from keras_moe.routers.dense import DenseRouter
 from keras_moe.routers.dselect_k import DSelectKRouter
@@ -24,6 +24,7 @@ __all__ = [
     "DenseRouter",
     "ExpertChoiceRouter",
     "HashRouter",
+    "LinearRouter",
     "NoTokenLeftRouter",
     "NoisyTopKRouter",
     "RandomRouter",

@@ -1,6 +1,7 @@
-"""The contract of routers."""
+"""The contract of routers, and the base of those with a kernel."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import keras
 from keras import ops
@@ -14,43 +15,40 @@ from keras_moe.routers.selection import load_of
 from keras_moe.routing import Routing
 from keras_moe.types import Config, ConstraintLike, InitializerLike, RegularizerLike, Tensor
 
+# Left out of the record where nobody asks for them: each takes a pass over the tokens.
+_ONLY_WHERE_ON = ("sequence_balance", "local_entropy", "global_entropy")
+
 
 class Router(SavesSeed):
     """Base of token-choice routers: tokens `(N, d)` in, a `Routing` out.
 
-    logits = tokens @ kernel, in float32 whatever the dtype policy (there is no bias). A subclass
-    says in `choose` which experts a row of logits goes to, and with which weights; losses, load and
-    padding are handled here, and every carrier, expert kind and metric works with the result.
+    A subclass decides in `call` where tokens go and returns what `record` makes of it: padding left
+    out, the load, and the losses. `LinearRouter` brings a kernel; then one method, `choose`, is
+    enough. Every dispatcher, expert kind and metric works with the result.
+
+    `LOSSES` are the auxiliary losses that a class has, by name, with their default coefficients.
 
     Args:
         num_experts: Positive integer, the experts E to choose from.
         top_k: Integer between 1 and `num_experts`, the experts k each token goes to.
-        jitter: Float in [0, 1). In training the router's inputs (never the experts') are
-            multiplied by noise drawn from U(1 - jitter, 1 + jitter). Defaults to `0.0`.
-        balance_weight: Coefficient of the balance loss. Defaults to `0.01`.
-        z_loss_weight: Coefficient of the router z-loss. Defaults to `0.001`.
-        sequence_balance_weight: Coefficient of the balance loss of each sequence on its own
-            (DeepSeek-V3: 1e-4), 1 at perfect balance. Defaults to `0.0`.
-        local_entropy_weight: Coefficient of the mean entropy of a token's probabilities, over ln E
-            (LIMoE), which makes the router sure. Defaults to `0.0`.
-        global_entropy_weight: Coefficient of 1 minus the entropy of the mean probabilities, over
-            ln E (LIMoE), which makes it use all experts. Defaults to `0.0`.
-        kernel_initializer: Initializer of the `(d, E)` kernel. Defaults to `None`, a normal
-            distribution of standard deviation 0.02 (flaxformer's setting for Switch).
-        kernel_regularizer: Optional regularizer of the kernel. Defaults to `None`.
-        kernel_constraint: Optional constraint of the kernel. Defaults to `None`.
-        seed: Optional integer, seed of the jitter. Defaults to `None`.
+        losses: Optional dict of coefficients by name, of some of `LOSSES`; the others keep their
+            default. Defaults to `None`.
+        seed: Optional integer, seed of what the router draws. Defaults to `None`.
 
     Call arguments:
         inputs: `(N, d)` tokens.
         mask: bool `(N,)`, False at padding, or None.
-        training: Whether jitter is on.
+        training: Whether noise is on.
 
     Returns:
         A `keras_moe.Routing` of shape `(N, k)`.
+
+    Raises:
+        ValueError: on losses that the class has not, and arguments out of range.
     """
 
-    draws_noise = False  # in training, besides the jitter
+    LOSSES: ClassVar[dict[str, float]] = {}
+    draws_noise = False  # in training
     chooses_tokens = False  # experts choose tokens, up to their capacity, and not the other way
     has_capacity = False  # of its own: it drops what finds no place
     needs_token_ids = False  # `call` takes `token_ids`, integers `(N,)`
@@ -60,83 +58,48 @@ class Router(SavesSeed):
         num_experts: int,
         top_k: int,
         *,
-        jitter: float = 0.0,
-        balance_weight: float = 0.01,
-        z_loss_weight: float = 0.001,
-        sequence_balance_weight: float = 0.0,
-        local_entropy_weight: float = 0.0,
-        global_entropy_weight: float = 0.0,
-        kernel_initializer: InitializerLike = None,
-        kernel_regularizer: RegularizerLike = None,
-        kernel_constraint: ConstraintLike = None,
+        losses: Mapping[str, float] | None = None,
         seed: int | None = None,
         **kwargs: Any,
     ) -> None:
+        refuse_arguments_of_others(type(self), kwargs)
         kwargs["dtype"] = "float32"  # bfloat16 logits change the choice of 1 to 5 % of tokens
         super().__init__(**kwargs)
         self.num_experts = _checks.positive_int("num_experts", num_experts)
         self.top_k = _checks.int_between("top_k", top_k, 1, self.num_experts, "num_experts")
         self.experts_per_token = self.top_k  # that are computed, on average
-        self.jitter = _checks.rate("jitter", jitter)
-        self.balance_weight = _checks.non_negative("balance_weight", balance_weight)
-        self.z_loss_weight = _checks.non_negative("z_loss_weight", z_loss_weight)
-        self.sequence_balance_weight = _checks.non_negative(
-            "sequence_balance_weight", sequence_balance_weight
-        )
-        self.local_entropy_weight = _checks.non_negative(
-            "local_entropy_weight", local_entropy_weight
-        )
-        self.global_entropy_weight = _checks.non_negative(
-            "global_entropy_weight", global_entropy_weight
-        )
-        self.kernel_initializer = keras.initializers.get(
-            keras.initializers.RandomNormal(stddev=0.02)
-            if kernel_initializer is None
-            else kernel_initializer
-        )
-        self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
-        self.kernel_constraint = keras.constraints.get(kernel_constraint)
+        self.loss_weights = self._coefficients(losses)
         self.seed = _checks.optional(_checks.integer, "seed", seed)
-        has_noise = self.jitter or self.draws_noise
-        self.seed_generator = keras.random.SeedGenerator(seed) if has_noise else None
+        self.seed_generator = keras.random.SeedGenerator(seed) if self.draws_noise else None
         self.supports_masking = True
 
-    @property
-    def loss_weights(self) -> dict[str, float]:
-        """Coefficient of each entry of `Routing.losses`; those that are off have none."""
-        optional = {
-            "sequence_balance": self.sequence_balance_weight,
-            "local_entropy": self.local_entropy_weight,
-            "global_entropy": self.global_entropy_weight,
+    def _coefficients(self, losses: Mapping[str, float] | None) -> dict[str, float]:
+        """The coefficient of each loss of the class, checked."""
+        losses = {} if losses is None else losses
+        if not isinstance(losses, Mapping) or not set(losses) <= set(self.LOSSES):
+            name = type(self).__name__
+            known = f"some of {sorted(self.LOSSES)}" if self.LOSSES else "nothing: it has none"
+            _checks.fail(
+                f"`losses` of `{name}` must be a dict of coefficients of {known}.", losses=losses
+            )
+        weights = {
+            name: _checks.non_negative(f"losses[{name!r}]", losses.get(name, default))
+            for name, default in self.LOSSES.items()
         }
-        return {
-            "balance": self.balance_weight,
-            "z_loss": self.z_loss_weight,
-            **{name: weight for name, weight in optional.items() if weight},
-        }
+        return {name: w for name, w in weights.items() if w or name not in _ONLY_WHERE_ON}
 
-    def build(self, input_shape: Any) -> None:
-        width = _checks.token_shape(type(self).__name__, tuple(input_shape))
-        self.kernel = self.add_weight(
-            name="kernel",
-            shape=(width, self.num_experts),
-            initializer=FiniteInitializer(self.kernel_initializer, "router/kernel"),
-            regularizer=self.kernel_regularizer,
-            constraint=self.kernel_constraint,
-        )
+    def reported_losses(self) -> tuple[str, ...]:
+        """The names of `Routing.losses`: balance and z-loss always, others where they are on."""
+        return tuple(dict.fromkeys(("balance", "z_loss", *self.loss_weights)))
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """The share of each expert in the balance loss, `(N, E)`: softmax of the logits."""
         return softmax(logits)
 
-    def choose(self, logits: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the chosen experts, int32 `(N, k)`, and their weights, float32 `(N, k)`.
-
-        Args:
-            logits: float32 `(N, E)`.
-            probabilities: float32 `(N, E)`, what `probabilities` gives: softmax of the logits.
-        """
-        raise NotImplementedError(f"{type(self).__name__} must implement `choose`.")
+    def looks_ahead(self, has_capacity: bool) -> str | None:
+        """Says why a token's route depends on later ones, None where it does not."""
+        del has_capacity
+        return None
 
     def priority(self, routing: Routing) -> Tensor | None:
         """Whose assignments get the slots of an expert first: a number per token `(N,)`, larger
@@ -153,20 +116,12 @@ class Router(SavesSeed):
         self, routing: Routing, num_sequences: int | Tensor, mask: Tensor | None
     ) -> Routing:
         """The record of tokens that are `num_sequences` sequences of equal length, and not one."""
-        if not self.sequence_balance_weight:
+        if not self.loss_weights.get("sequence_balance"):
             return routing
         asked = self.before_drops(routing, mask)
         shares = self.probabilities(routing.logits)
         loss = losses.sequence_balance_loss(shares, asked.experts, asked.kept, num_sequences, mask)
         return routing._replace(losses={**routing.losses, "sequence_balance": loss})
-
-    def call(
-        self, inputs: Tensor, mask: Tensor | None = None, training: bool | None = None
-    ) -> Routing:
-        logits = ops.matmul(self._jittered(inputs) if training else inputs, self.kernel)
-        probabilities = self.probabilities(logits)
-        experts, weights = self.choose(logits, probabilities)
-        return self.record(experts, weights, logits, probabilities, mask)
 
     def record(
         self,
@@ -214,13 +169,13 @@ class Router(SavesSeed):
     ) -> dict[str, Tensor]:
         """Those that are on; all tokens count as one sequence until `by_sequence` says more."""
         found = {}
-        if self.sequence_balance_weight:
+        if self.loss_weights.get("sequence_balance"):
             found["sequence_balance"] = losses.sequence_balance_loss(
                 probabilities, experts, kept, 1, mask
             )
-        if self.local_entropy_weight:
+        if self.loss_weights.get("local_entropy"):
             found["local_entropy"] = losses.local_entropy_loss(probabilities, mask)
-        if self.global_entropy_weight:
+        if self.loss_weights.get("global_entropy"):
             found["global_entropy"] = losses.global_entropy_loss(probabilities, mask)
         return found
 
@@ -242,36 +197,159 @@ class Router(SavesSeed):
             kept=spec(self.top_k, "bool"),
             logits=spec(self.num_experts, "float32"),
             load=keras.KerasTensor((self.num_experts,), dtype="float32"),
-            losses={name: keras.KerasTensor((), dtype="float32") for name in self.loss_weights},
+            losses={
+                name: keras.KerasTensor((), dtype="float32") for name in self.reported_losses()
+            },
         )
 
-    def _jittered(self, tokens: Tensor) -> Tensor:
+    def get_config(self) -> Config:
+        config: Config = super().get_config()
+        losses = {name: self.loss_weights.get(name, 0.0) for name in self.LOSSES}
+        return {
+            **config,
+            "num_experts": self.num_experts,
+            "top_k": self.top_k,
+            **({"losses": losses} if losses else {}),
+            "seed": self.seed,
+        }
+
+
+class LinearRouter(Router):
+    """Base of routers with a kernel: logits = tokens @ kernel, in float32 and without a bias.
+
+    A subclass says in `choose` which experts a row of logits goes to, and with which weights.
+    Other scores than a product with the kernel (cosines, a temperature) override `logits`.
+
+    Args:
+        num_experts: Positive integer, the experts E to choose from.
+        top_k: Integer between 1 and `num_experts`, the experts k each token goes to.
+        losses: Optional dict of coefficients by name; the others keep their default. `"balance"`
+            is the balance loss, 1 at perfect balance; `"z_loss"` the router z-loss;
+            `"sequence_balance"` the balance loss of each sequence on its own (DeepSeek-V3: 1e-4);
+            `"local_entropy"` the mean entropy of a token's probabilities, over ln E, which makes
+            the router sure; `"global_entropy"` 1 minus the entropy of the mean probabilities, over
+            ln E, which makes it use all experts (both LIMoE). Defaults to `None`: 0.01 (Switch),
+            0.001 (ST-MoE), and 0 for the others.
+        jitter: Float in [0, 1). In training the router's inputs (never the experts') are
+            multiplied by noise drawn from U(1 - jitter, 1 + jitter). Defaults to `0.0`.
+        kernel_initializer: Initializer of the `(d, E)` kernel. Defaults to `None`, a normal
+            distribution of standard deviation 0.02 (flaxformer's setting for Switch).
+        kernel_regularizer: Optional regularizer of the kernel. Defaults to `None`.
+        kernel_constraint: Optional constraint of the kernel. Defaults to `None`.
+        seed: Optional integer, seed of the jitter. Defaults to `None`.
+
+    Call arguments:
+        inputs: `(N, d)` tokens.
+        mask: bool `(N,)`, False at padding, or None.
+        training: Whether jitter is on.
+
+    Returns:
+        A `keras_moe.Routing` of shape `(N, k)`.
+    """
+
+    LOSSES: ClassVar[dict[str, float]] = {
+        "balance": 0.01,
+        "z_loss": 0.001,
+        "sequence_balance": 0.0,
+        "local_entropy": 0.0,
+        "global_entropy": 0.0,
+    }
+
+    def __init__(
+        self,
+        num_experts: int,
+        top_k: int,
+        *,
+        losses: Mapping[str, float] | None = None,
+        jitter: float = 0.0,
+        kernel_initializer: InitializerLike = None,
+        kernel_regularizer: RegularizerLike = None,
+        kernel_constraint: ConstraintLike = None,
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(num_experts, top_k, losses=losses, seed=seed, **kwargs)
+        self.jitter = _checks.rate("jitter", jitter)
+        if self.jitter and self.seed_generator is None:
+            self.seed_generator = keras.random.SeedGenerator(seed)
+        self.kernel_initializer = keras.initializers.get(
+            keras.initializers.RandomNormal(stddev=0.02)
+            if kernel_initializer is None
+            else kernel_initializer
+        )
+        self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
+        self.kernel_constraint = keras.constraints.get(kernel_constraint)
+
+    def build(self, input_shape: Any) -> None:
+        width = _checks.token_shape(type(self).__name__, tuple(input_shape))
+        self.kernel = self.add_weight(
+            name="kernel",
+            shape=(width, self.num_experts),
+            initializer=FiniteInitializer(self.kernel_initializer, "router/kernel"),
+            regularizer=self.kernel_regularizer,
+            constraint=self.kernel_constraint,
+        )
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        """The scores of tokens `(N, d)`, float32 `(N, E)`."""
+        return ops.matmul(inputs, self.kernel)
+
+    def choose(self, logits: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the chosen experts, int32 `(N, k)`, and their weights, float32 `(N, k)`.
+
+        Args:
+            logits: float32 `(N, E)`.
+            probabilities: float32 `(N, E)`, what `probabilities` gives: softmax of the logits.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must implement `choose`.")
+
+    def call(
+        self, inputs: Tensor, mask: Tensor | None = None, training: bool | None = None
+    ) -> Routing:
+        logits = self.logits(self.jittered(inputs, training))
+        probabilities = self.probabilities(logits)
+        experts, weights = self.choose(logits, probabilities)
+        return self.record(experts, weights, logits, probabilities, mask)
+
+    def jittered(self, inputs: Tensor, training: bool | None) -> Tensor:
         """Multiplies by U(1 - jitter, 1 + jitter), Switch Transformers section 2.2 and its code."""
-        if not self.jitter:
-            return tokens
+        if not training or not self.jitter:
+            return inputs
         noise = keras.random.uniform(
-            ops.shape(tokens),
+            ops.shape(inputs),
             1.0 - self.jitter,
             1.0 + self.jitter,
             dtype="float32",
             seed=self.seed_generator,
         )
-        return tokens * noise
+        return inputs * noise
 
     def get_config(self) -> Config:
-        config: Config = super().get_config()
         return {
-            **config,
-            "num_experts": self.num_experts,
-            "top_k": self.top_k,
+            **super().get_config(),
             "jitter": self.jitter,
-            "balance_weight": self.balance_weight,
-            "z_loss_weight": self.z_loss_weight,
-            "sequence_balance_weight": self.sequence_balance_weight,
-            "local_entropy_weight": self.local_entropy_weight,
-            "global_entropy_weight": self.global_entropy_weight,
             "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
             "kernel_regularizer": keras.regularizers.serialize(self.kernel_regularizer),
             "kernel_constraint": keras.constraints.serialize(self.kernel_constraint),
-            "seed": self.seed,
         }
+
+
+def refuse_arguments_of_others(router: type[Router], kwargs: dict[str, Any]) -> None:
+    """Says what to do instead of an argument that other routers have, or have had."""
+    for name, value in kwargs.items():
+        if name.endswith("_weight"):
+            loss = name.removesuffix("_weight")
+            has = sorted(router.LOSSES)
+            _checks.fail(
+                f"`{router.__name__}` takes the coefficients of its losses as a dict: "
+                + (f"`losses={{{loss!r}: ...}}`." if loss in has else f"of {has}, without {loss}."),
+                **{name: value},
+            )
+        if name in ("top_k", "jitter", "seed") or name.startswith("kernel_"):
+            _checks.fail(f"`{router.__name__}` has no use for `{name}`.", **{name: value})
+
+
+def refuse_top_k(router: type[Router], kwargs: dict[str, Any]) -> None:
+    """Fails where a router that fixes its number of experts per token is given one."""
+    if "top_k" in kwargs:
+        _checks.fail(f"`{router.__name__}` has no use for `top_k`.", top_k=kwargs["top_k"])

@@ -1,6 +1,6 @@
 """Batch prioritized routing of V-MoE."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import keras
 from keras import ops
@@ -33,18 +33,24 @@ class BatchPriorityRouter(NoisyRouter):
         top_k: Integer between 1 and `num_experts`. Defaults to `2`.
         noise_std: Number of at least 0, the width of the noise; None for 1 / E. Defaults to `None`
             (the paper's).
-        importance_weight: Coefficient of the importance loss. Defaults to `0.005` (the paper's).
-        load_weight: Coefficient of the load loss, which there is only with noise. Defaults to
-            `0.005` (the paper's).
-        z_loss_weight: Coefficient of the router z-loss, which the paper has not. Defaults to `0.0`.
-        **kwargs: Arguments of `Router`: `jitter`, `sequence_balance_weight`,
-            `local_entropy_weight`, `global_entropy_weight`, `kernel_initializer`,
-            `kernel_regularizer`, `kernel_constraint`, `seed`.
+        **kwargs: Arguments of `LinearRouter`: `losses`, `jitter`, `kernel_initializer`,
+            `kernel_regularizer`, `kernel_constraint`, `seed`. Of `losses`,
+            `"importance"` and `"load"`, which there is only with noise, are 0.005 by default (the
+            paper's), the others 0.
 
     Reference:
         Riquelme et al. 2021, "Scaling Vision with Sparse Mixture of Experts", section 2, section 4
         and appendix A; its `capacity_factor` is 1.05 in training.
     """
+
+    LOSSES: ClassVar[dict[str, float]] = {
+        "z_loss": 0.0,
+        "sequence_balance": 0.0,
+        "local_entropy": 0.0,
+        "global_entropy": 0.0,
+        "importance": 0.005,
+        "load": 0.005,
+    }
 
     def __init__(
         self,
@@ -52,25 +58,15 @@ class BatchPriorityRouter(NoisyRouter):
         top_k: int = 2,
         *,
         noise_std: float | None = None,
-        importance_weight: float = 0.005,
-        load_weight: float = 0.005,
-        z_loss_weight: float = 0.0,
         **kwargs: Any,
     ) -> None:
-        super().__init__(
-            num_experts,
-            top_k,
-            importance_weight=importance_weight,
-            load_weight=load_weight,
-            z_loss_weight=z_loss_weight,
-            **kwargs,
-        )
+        super().__init__(num_experts, top_k, **kwargs)
         self.noise_std = _checks.optional(_checks.non_negative, "noise_std", noise_std)
 
     def call(
         self, inputs: Tensor, mask: Tensor | None = None, training: bool | None = None
     ) -> Routing:
-        clean = ops.matmul(self._jittered(inputs) if training else inputs, self.kernel)
+        clean = self.logits(self.jittered(inputs, training))
         std = 1.0 / self.num_experts if self.noise_std is None else self.noise_std
         noisy = clean
         if training and std:
@@ -91,6 +87,9 @@ class BatchPriorityRouter(NoisyRouter):
             mask,
             more_losses={"importance": importance, "load": load},
         )
+
+    def looks_ahead(self, has_capacity: bool) -> str | None:
+        return "`BatchPriorityRouter` gives slots to later tokens first" if has_capacity else None
 
     def priority(self, routing: Routing) -> Tensor:
         return routing.weights[:, 0]  # the largest

@@ -1,7 +1,7 @@
 """DSelect-k: a differentiable choice of k experts by binary codes."""
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import keras
 import numpy as np
@@ -10,7 +10,7 @@ from keras import ops
 from keras_moe import _checks
 from keras_moe._numerics import softmax
 from keras_moe.initializers import FiniteInitializer
-from keras_moe.routers.base import Router
+from keras_moe.routers.base import LinearRouter
 from keras_moe.routers.losses import masked_sum, token_count
 from keras_moe.routers.selection import all_experts
 from keras_moe.routing import Routing
@@ -20,7 +20,7 @@ _TINY = 1e-20
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
-class DSelectKRouter(Router):
+class DSelectKRouter(LinearRouter):
     """k selectors, each of which finds one expert by a smooth binary code.
 
     With E experts a selector has m = ceil(log2 E) numbers z; S(z) is 0 below -gamma / 2, 1 above
@@ -41,16 +41,22 @@ class DSelectKRouter(Router):
         static: Whether all tokens go to the same experts, as for a gate per task. Defaults to
             `False`.
         gamma: Positive number, the width of S. Defaults to `1.0` (the authors').
-        entropy_weight: Coefficient of the entropy loss. Defaults to `1e-6`; the paper tunes it.
         kernel_initializer: Initializer of z and its kernel. Defaults to `None`, uniform within
             gamma / 100 of 0 (the authors').
-        **kwargs: Arguments of `Router`: `jitter`, `local_entropy_weight`, `global_entropy_weight`,
-            `kernel_regularizer`, `kernel_constraint`, `seed`.
+        **kwargs: Arguments of `LinearRouter`: `losses`, `jitter`, `kernel_regularizer`,
+            `kernel_constraint`, `seed`. Of `losses`, `"entropy"` is 1e-6 by default; the paper
+            tunes it.
 
     Reference:
         Hazimeh et al. 2021, "DSelect-k: Differentiable Selection in the Mixture of Experts",
         sections 3 and 4.
     """
+
+    LOSSES: ClassVar[dict[str, float]] = {
+        "local_entropy": 0.0,
+        "global_entropy": 0.0,
+        "entropy": 1e-6,
+    }
 
     def __init__(
         self,
@@ -59,12 +65,9 @@ class DSelectKRouter(Router):
         *,
         static: bool = False,
         gamma: float = 1.0,
-        entropy_weight: float = 1e-6,
         kernel_initializer: InitializerLike = None,
         **kwargs: Any,
     ) -> None:
-        kwargs["balance_weight"] = kwargs["sequence_balance_weight"] = 0.0  # all take part
-        kwargs["z_loss_weight"] = 0.0
         gamma = _checks.positive("gamma", gamma)
         if kernel_initializer is None:
             near = gamma / 100.0
@@ -75,17 +78,9 @@ class DSelectKRouter(Router):
         )
         self.static = bool(static)
         self.gamma = gamma
-        self.entropy_weight = _checks.non_negative("entropy_weight", entropy_weight)
         self.num_bits = max(math.ceil(math.log2(self.num_experts)), 1)
-
-    @property
-    def loss_weights(self) -> dict[str, float]:
         is_full = self.num_experts == 2**self.num_bits
-        return {
-            **super().loss_weights,
-            "entropy": self.entropy_weight,
-            "unused": 0.0 if is_full else 1.0,
-        }
+        self.loss_weights = {**self.loss_weights, "unused": 0.0 if is_full else 1.0}
 
     def build(self, input_shape: Any) -> None:
         width = _checks.token_shape("DSelectKRouter", tuple(input_shape))
@@ -107,7 +102,7 @@ class DSelectKRouter(Router):
     def call(
         self, inputs: Tensor, mask: Tensor | None = None, training: bool | None = None
     ) -> Routing:
-        inputs = self._jittered(inputs) if training else inputs
+        inputs = self.jittered(inputs, training)
         shares = self._shares(self._of_tokens(inputs, self.codes))  # (N, k, E)
         importance = softmax(self._of_tokens(inputs, self.alpha))
         weights = ops.sum(shares * ops.expand_dims(importance, -1), axis=1)
@@ -150,13 +145,9 @@ class DSelectKRouter(Router):
         return ops.where(z > -half, step, ops.zeros_like(z))
 
     def get_config(self) -> Config:
-        config = super().get_config()
-        for name in ("balance_weight", "sequence_balance_weight", "z_loss_weight"):
-            del config[name]
         return {
-            **config,
+            **super().get_config(),
             "top_k": self.num_selectors,
             "static": self.static,
             "gamma": self.gamma,
-            "entropy_weight": self.entropy_weight,
         }

@@ -1,17 +1,17 @@
 """Expert choice: experts choose tokens."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import keras
 
 from keras_moe import _checks
-from keras_moe.routers.base import Router
+from keras_moe.routers.base import LinearRouter
 from keras_moe.routers.selection import all_experts
 from keras_moe.types import Config, Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
-class ExpertChoiceRouter(Router):
+class ExpertChoiceRouter(LinearRouter):
     """Each expert takes the tokens that it scores highest, the same number for every expert.
 
     p = softmax over the experts of x W; expert e takes the C = ceil(top_k N / E) tokens of largest
@@ -29,29 +29,33 @@ class ExpertChoiceRouter(Router):
         num_experts: Positive integer, the number of experts E.
         top_k: Integer between 1 and `num_experts`, the mean number of experts per token, which the
             paper calls capacity factor. Defaults to `2` (the paper's).
-        z_loss_weight: Coefficient of the router z-loss. Defaults to `0.0`.
-        **kwargs: Arguments of `Router`: `jitter`, `local_entropy_weight`, `global_entropy_weight`,
-            `kernel_initializer`, `kernel_regularizer`, `kernel_constraint`, `seed`.
+        **kwargs: Arguments of `LinearRouter`: `losses`, `jitter`, `kernel_initializer`,
+            `kernel_regularizer`, `kernel_constraint`, `seed`. The `losses` are 0 by
+            default.
 
     Reference:
         Zhou et al. 2022, "Mixture-of-Experts with Expert Choice Routing", section 3.2.
     """
 
+    LOSSES: ClassVar[dict[str, float]] = {
+        "z_loss": 0.0,
+        "local_entropy": 0.0,
+        "global_entropy": 0.0,
+    }
     chooses_tokens = True
 
-    def __init__(
-        self, num_experts: int, top_k: int = 2, *, z_loss_weight: float = 0.0, **kwargs: Any
-    ) -> None:
-        kwargs["balance_weight"] = kwargs["sequence_balance_weight"] = 0.0
-        super().__init__(num_experts, num_experts, z_loss_weight=z_loss_weight, **kwargs)
+    def __init__(self, num_experts: int, top_k: int = 2, **kwargs: Any) -> None:
+        super().__init__(num_experts, num_experts, **kwargs)
         self.experts_per_token = _checks.int_between(
             "top_k", _checks.positive_int("top_k", top_k), 1, self.num_experts, "num_experts"
         )
+
+    def looks_ahead(self, has_capacity: bool) -> str | None:
+        del has_capacity
+        return "where experts choose their tokens, a token's route depends on later ones"
 
     def choose(self, logits: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
         return all_experts(logits), probabilities
 
     def get_config(self) -> Config:
-        config = super().get_config()
-        del config["balance_weight"], config["sequence_balance_weight"]
-        return {**config, "top_k": self.experts_per_token}
+        return {**super().get_config(), "top_k": self.experts_per_token}

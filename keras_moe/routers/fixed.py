@@ -6,37 +6,18 @@ import keras
 from keras import ops
 
 from keras_moe.initializers import derived_seed
-from keras_moe.routers.base import Router
+from keras_moe.routers.base import Router, refuse_arguments_of_others
 from keras_moe.routers.selection import all_experts, select_top_k
 from keras_moe.routing import Routing
 from keras_moe.types import Config, Tensor
-
-_COEFFICIENTS = (
-    "balance_weight",
-    "z_loss_weight",
-    "sequence_balance_weight",
-    "local_entropy_weight",
-    "global_entropy_weight",
-)
 
 
 class FixedRouter(Router):
     """A router that learns nothing: no kernel, no losses, equal weights."""
 
-    def __init__(self, num_experts: int, top_k: int, **kwargs: Any) -> None:
-        kwargs |= dict.fromkeys(_COEFFICIENTS, 0.0)
-        super().__init__(num_experts, top_k, **kwargs)
-
     def _record(self, experts: Tensor, logits: Tensor, mask: Tensor | None) -> Routing:
         weights = ops.ones_like(experts, dtype="float32") / self.top_k
         return self.record(experts, weights, logits, self.probabilities(logits), mask)
-
-    def get_config(self) -> Config:
-        config = super().get_config()
-        kernel = ("kernel_initializer", "kernel_regularizer", "kernel_constraint")
-        for name in (*_COEFFICIENTS, "jitter", *kernel):
-            del config[name]
-        return config
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -116,6 +97,7 @@ class UniformRouter(FixedRouter):
     """
 
     def __init__(self, num_experts: int, **kwargs: Any) -> None:
+        refuse_arguments_of_others(type(self), kwargs)
         super().__init__(num_experts, num_experts, **kwargs)
 
     def build(self, input_shape: Any) -> None:
@@ -129,5 +111,5 @@ class UniformRouter(FixedRouter):
 
     def get_config(self) -> Config:
         config = super().get_config()
-        del config["top_k"]
+        del config["top_k"], config["seed"]
         return config

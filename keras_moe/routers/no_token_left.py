@@ -39,9 +39,8 @@ class NoTokenLeftRouter(TopKRouter):
             for all. A round in which nobody asks is not run. Defaults to `None`.
         normalize: Whether the weights of a token sum to 1 before drops. Defaults to `True`.
         score: `"softmax"` or `"sigmoid"`. Defaults to `"softmax"`.
-        **kwargs: Arguments of `TopKRouter`: `jitter`, `balance_weight`, `z_loss_weight`,
-            `sequence_balance_weight`, `local_entropy_weight`, `global_entropy_weight`,
-            `kernel_initializer`, `kernel_regularizer`, `kernel_constraint`, `seed`.
+        **kwargs: Arguments of `TopKRouter`: `losses`, `jitter`, `kernel_initializer`,
+            `kernel_regularizer`, `kernel_constraint`, `seed`.
 
     Example:
 
@@ -88,6 +87,10 @@ class NoTokenLeftRouter(TopKRouter):
         scores = self._scores(asked.logits, self.probabilities(asked.logits))
         weights = ops.where(is_placed, self._weights(scores, experts), 0.0)
         return asked._replace(experts=experts, weights=weights, kept=is_placed)
+
+    def looks_ahead(self, has_capacity: bool) -> str | None:
+        del has_capacity
+        return "`NoTokenLeftRouter` sends a token where later ones leave room"
 
     def before_drops(self, routing: Routing, mask: Tensor | None) -> Routing:
         experts = select_top_k(routing.logits, self.top_k)

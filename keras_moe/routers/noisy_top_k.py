@@ -1,6 +1,6 @@
 """Noisy top-k gating, the rule of the first sparse mixture."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import keras
 from keras import ops
@@ -31,40 +31,34 @@ class NoisyTopKRouter(NoisyRouter):
     Args:
         num_experts: Positive integer, the experts E to choose from.
         top_k: Integer between 1 and `num_experts`. Defaults to `2`.
-        importance_weight: Coefficient of the importance loss. Defaults to `0.1` (the paper's).
-        load_weight: Coefficient of the load loss; there is none where `top_k` is `num_experts`.
-            Defaults to `0.1` (the paper's).
-        z_loss_weight: Coefficient of the router z-loss, which the paper has not. Defaults to `0.0`.
         kernel_initializer: Initializer of both kernels. Defaults to `"zeros"`, so that noise alone
             decides at first (the paper's).
-        **kwargs: Arguments of `Router`: `jitter`, `sequence_balance_weight`,
-            `local_entropy_weight`, `global_entropy_weight`, `kernel_regularizer`,
-            `kernel_constraint`, `seed`.
+        **kwargs: Arguments of `LinearRouter`: `losses`, `jitter`, `kernel_regularizer`,
+            `kernel_constraint`, `seed`. Of `losses`, `"importance"` and `"load"` are 0.1 by default
+            (the paper's; without a load loss where k is E), the others 0.
 
     Reference:
         Shazeer et al. 2017, "Outrageously Large Neural Networks", section 2.1 and appendix A.
     """
+
+    LOSSES: ClassVar[dict[str, float]] = {
+        "z_loss": 0.0,
+        "sequence_balance": 0.0,
+        "local_entropy": 0.0,
+        "global_entropy": 0.0,
+        "importance": 0.1,
+        "load": 0.1,
+    }
 
     def __init__(
         self,
         num_experts: int,
         top_k: int = 2,
         *,
-        importance_weight: float = 0.1,
-        load_weight: float = 0.1,
-        z_loss_weight: float = 0.0,
         kernel_initializer: InitializerLike = "zeros",
         **kwargs: Any,
     ) -> None:
-        super().__init__(
-            num_experts,
-            top_k,
-            importance_weight=importance_weight,
-            load_weight=load_weight,
-            z_loss_weight=z_loss_weight,
-            kernel_initializer=kernel_initializer,
-            **kwargs,
-        )
+        super().__init__(num_experts, top_k, kernel_initializer=kernel_initializer, **kwargs)
 
     def build(self, input_shape: Any) -> None:
         super().build(input_shape)
@@ -79,8 +73,8 @@ class NoisyTopKRouter(NoisyRouter):
     def call(
         self, inputs: Tensor, mask: Tensor | None = None, training: bool | None = None
     ) -> Routing:
-        inputs = self._jittered(inputs) if training else inputs
-        clean = ops.matmul(inputs, self.kernel)
+        inputs = self.jittered(inputs, training)
+        clean = self.logits(inputs)
         std = ops.softplus(ops.matmul(inputs, self.noise_kernel)) + _LEAST_NOISE
         noisy = clean
         if training:

@@ -36,56 +36,99 @@ _ROUTERS: dict[str, type[Router]] = {
     "uniform": UniformRouter,
 }
 _FIXED_TOP_K = {"dense", "switch", "uniform"}
+_DEFAULT_TOP_K = 2
 
 
 def get(
     router: Any,
     *,
     num_experts: int,
-    top_k: int,
+    top_k: int | None = None,
     balance_weight: float | None = None,
     z_loss_weight: float | None = None,
     capacity_factor: float | None = None,
     eval_capacity_factor: float | None = None,
     seed: int | None = None,
-    **kwargs: Any,
 ) -> Router:
     """Returns a router: a named one made with the arguments, or the object or config as it is.
 
     Args:
         router: a name, a serialized config or a `Router`.
         num_experts: the experts to choose from; an object must agree.
-        top_k: experts per token, for rules that do not fix it themselves.
-        balance_weight: coefficient of the balance loss; None for the rule's own. Rules that balance
-            in another way have no such loss. Defaults to `None`.
+        top_k: experts per token; None for 2, or what the rule or the object fixes. Defaults to
+            `None`.
+        balance_weight: coefficient of the balance loss; None for the rule's own. Defaults to
+            `None`.
         z_loss_weight: coefficient of the router z-loss; None for the rule's own. Defaults to
             `None`.
-        capacity_factor: the layer's, for rules with a capacity of their own; None for the rule's
-            own. Defaults to `None`.
+        capacity_factor: the layer's, for named rules with a capacity of their own; None for the
+            rule's own. Defaults to `None`.
         eval_capacity_factor: the same at inference. Defaults to `None`.
-        seed: seed of the router's noise. Defaults to `None`.
-        **kwargs: passed to a named router's constructor.
+        seed: seed of a named router's noise. Defaults to `None`.
 
     Raises:
-        ValueError: on an unknown name, or an object with another number of experts.
+        ValueError: on an unknown name, an object with another number of experts, or an argument
+            that the router would not follow.
     """
+    weights = {"balance": balance_weight, "z_loss": z_loss_weight}
+    losses = {name: weight for name, weight in weights.items() if weight is not None}
     if isinstance(router, str):
         _checks.one_of("router", router, _ROUTERS)
-        if router not in _FIXED_TOP_K:
-            kwargs["top_k"] = top_k
-        given = {"balance_weight": balance_weight, "z_loss_weight": z_loss_weight}
-        if _ROUTERS[router].has_capacity:
-            given["capacity_factor"] = capacity_factor
-            given["eval_capacity_factor"] = eval_capacity_factor
-        kwargs |= {name: each for name, each in given.items() if each is not None}
-        return _ROUTERS[router](num_experts, seed=seed, **kwargs)
-    if isinstance(router, dict):
-        router = keras.saving.deserialize_keras_object(router)
-    if not isinstance(router, Router):
-        _checks.fail(f"`router` must be one of {sorted(_ROUTERS)} or a `Router`.", router=router)
-    if router.num_experts != num_experts:
-        _checks.fail(
-            f"`router` must choose from num_experts={num_experts} experts.",
-            **{"router.num_experts": router.num_experts},
+        found = _named(
+            router, num_experts, top_k, losses, capacity_factor, eval_capacity_factor, seed
         )
-    return router
+    else:
+        found = (
+            keras.saving.deserialize_keras_object(router) if isinstance(router, dict) else router
+        )
+        if not isinstance(found, Router):
+            _checks.fail(
+                f"`router` must be one of {sorted(_ROUTERS)} or a `Router`.", router=router
+            )
+        for name, weight in losses.items():
+            _checks.fail(
+                f"`{name}_weight` must be None where `router` is an object, which brings its own: "
+                f"`{type(found).__name__}(..., losses={{{name!r}: {weight}}})`.",
+                **{f"{name}_weight": weight},
+            )
+        if found.num_experts != num_experts:
+            _checks.fail(
+                f"`router` must choose from num_experts={num_experts} experts.",
+                **{"router.num_experts": found.num_experts},
+            )
+    if top_k is not None and top_k not in (found.top_k, found.get_config().get("top_k")):
+        _checks.fail(
+            f"`top_k` must be None, or what the router has: top_k={found.top_k}.", top_k=top_k
+        )
+    return found
+
+
+def _named(
+    name: str,
+    num_experts: int,
+    top_k: int | None,
+    losses: dict[str, float],
+    capacity_factor: float | None,
+    eval_capacity_factor: float | None,
+    seed: int | None,
+) -> Router:
+    """A router by its name, with those arguments that it has."""
+    rule = _ROUTERS[name]
+    arguments: dict[str, Any] = {}
+    if name not in _FIXED_TOP_K:
+        arguments["top_k"] = _DEFAULT_TOP_K if top_k is None else top_k
+    if name != "uniform":
+        arguments["seed"] = seed
+    for loss in losses:
+        if loss not in rule.LOSSES:
+            _checks.fail(
+                f"`{loss}_weight` must be None with router={name!r}, whose losses are "
+                f"{sorted(rule.LOSSES)}: give a `{rule.__name__}` with `losses=` for another.",
+                **{f"{loss}_weight": losses[loss]},
+            )
+    if losses:
+        arguments["losses"] = losses
+    if rule.has_capacity:
+        factors = {"capacity_factor": capacity_factor, "eval_capacity_factor": eval_capacity_factor}
+        arguments |= {each: factor for each, factor in factors.items() if factor is not None}
+    return rule(num_experts, **arguments)

@@ -1,12 +1,12 @@
 """ReLU routing, differentiable everywhere: ReMoE."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import keras
 from keras import ops
 
 from keras_moe import _checks
-from keras_moe.routers.base import Router
+from keras_moe.routers.base import LinearRouter
 from keras_moe.routers.losses import masked_sum, token_count
 from keras_moe.routers.selection import pick, select_top_k, spread
 from keras_moe.routing import Routing
@@ -14,7 +14,7 @@ from keras_moe.types import Config, Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
-class ReLURouter(Router):
+class ReLURouter(LinearRouter):
     """Each token goes to all experts of positive score; a penalty sets how many that are.
 
     weights = relu(x W); experts = those of positive weight, at most `max_experts`, largest first.
@@ -34,15 +34,21 @@ class ReLURouter(Router):
             None for all. Defaults to `None` (the paper's).
         initial_penalty: Positive number, lambda at first. Defaults to `1e-8` (the paper's).
         rate: Number above 1, what lambda changes by. Defaults to `1.2` (the paper's).
-        z_loss_weight: Coefficient of the router z-loss. Defaults to `0.0`.
-        **kwargs: Arguments of `Router`: `jitter`, `sequence_balance_weight`,
-            `local_entropy_weight`, `global_entropy_weight`, `kernel_initializer`,
-            `kernel_regularizer`, `kernel_constraint`, `seed`.
+        **kwargs: Arguments of `LinearRouter`: `losses`, `jitter`, `kernel_initializer`,
+            `kernel_regularizer`, `kernel_constraint`, `seed`. The `losses` are 0 by
+            default: the penalty balances.
 
     Reference:
         Wang et al. 2024, "ReMoE: Fully Differentiable Mixture-of-Experts with ReLU Routing",
         equations 5 to 10.
     """
+
+    LOSSES: ClassVar[dict[str, float]] = {
+        "z_loss": 0.0,
+        "sequence_balance": 0.0,
+        "local_entropy": 0.0,
+        "global_entropy": 0.0,
+    }
 
     def __init__(
         self,
@@ -52,22 +58,17 @@ class ReLURouter(Router):
         max_experts: int | None = None,
         initial_penalty: float = 1e-8,
         rate: float = 1.2,
-        z_loss_weight: float = 0.0,
         **kwargs: Any,
     ) -> None:
-        kwargs["balance_weight"] = 0.0  # the penalty does that
         aim = _checks.positive_int("top_k", top_k)
         most = num_experts if max_experts is None else max_experts
-        super().__init__(num_experts, most, z_loss_weight=z_loss_weight, **kwargs)
+        super().__init__(num_experts, most, **kwargs)
         self.target_experts = _checks.int_between("top_k", aim, 1, self.top_k, "max_experts")
         self.initial_penalty = _checks.positive("initial_penalty", initial_penalty)
         self.rate = _checks.positive("rate", rate)
         if self.rate <= 1.0:
             _checks.fail("`rate` must be a number above 1.", rate=rate)
-
-    @property
-    def loss_weights(self) -> dict[str, float]:
-        return {**super().loss_weights, "l1": 1.0}
+        self.loss_weights = {**self.loss_weights, "l1": 1.0}  # lambda is its coefficient
 
     def build(self, input_shape: Any) -> None:
         super().build(input_shape)
@@ -83,7 +84,7 @@ class ReLURouter(Router):
     def call(
         self, inputs: Tensor, mask: Tensor | None = None, training: bool | None = None
     ) -> Routing:
-        logits = ops.matmul(self._jittered(inputs) if training else inputs, self.kernel)
+        logits = self.logits(self.jittered(inputs, training))
         experts = select_top_k(logits, self.top_k)
         values = pick(logits, experts)
         weights = ops.relu(values) + 0.0 * values  # a token that is not finite shows in its output
@@ -108,10 +109,8 @@ class ReLURouter(Router):
         )
 
     def get_config(self) -> Config:
-        config = super().get_config()
-        del config["balance_weight"]
         return {
-            **config,
+            **super().get_config(),
             "top_k": self.target_experts,
             "max_experts": self.top_k,
             "initial_penalty": self.initial_penalty,

@@ -1,6 +1,6 @@
 """Sigmoid routing with a bias that balances the load: DeepSeek-V3."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import keras
 from keras import ops
@@ -39,12 +39,10 @@ class SigmoidBiasRouter(TopKRouter):
             None for all groups. Defaults to `None`; DeepSeek-V3 has 4.
         normalize: Whether the scores of the chosen are divided by their sum. Defaults to `True`.
         score: `"sigmoid"` or `"softmax"`. Defaults to `"sigmoid"`.
-        balance_weight: Coefficient of the balance loss, on each expert's share of a token's scores.
-            Defaults to `0.0`: the bias balances.
-        z_loss_weight: Coefficient of the router z-loss. Defaults to `0.0`.
-        **kwargs: Arguments of `TopKRouter`: `jitter`, `sequence_balance_weight`,
-            `local_entropy_weight`, `global_entropy_weight`, `kernel_initializer`,
-            `kernel_regularizer`, `kernel_constraint`, `seed`.
+        **kwargs: Arguments of `TopKRouter`: `losses`, `jitter`, `kernel_initializer`,
+            `kernel_regularizer`, `kernel_constraint`, `seed`. The `losses` are 0 by
+            default: the bias balances. The balance loss takes each expert's share of a token's
+            scores.
 
     Raises:
         ValueError: where groups do not divide the experts, or hold too few for `top_k`.
@@ -62,6 +60,8 @@ class SigmoidBiasRouter(TopKRouter):
         "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts", algorithm 1.
     """
 
+    LOSSES: ClassVar[dict[str, float]] = dict.fromkeys(TopKRouter.LOSSES, 0.0)
+
     def __init__(
         self,
         num_experts: int,
@@ -73,19 +73,9 @@ class SigmoidBiasRouter(TopKRouter):
         top_groups: int | None = None,
         normalize: bool = True,
         score: str = "sigmoid",
-        balance_weight: float = 0.0,
-        z_loss_weight: float = 0.0,
         **kwargs: Any,
     ) -> None:
-        super().__init__(
-            num_experts,
-            top_k,
-            normalize=normalize,
-            score=score,
-            balance_weight=balance_weight,
-            z_loss_weight=z_loss_weight,
-            **kwargs,
-        )
+        super().__init__(num_experts, top_k, normalize=normalize, score=score, **kwargs)
         self.bias_update_rate = _checks.non_negative("bias_update_rate", bias_update_rate)
         self.routed_scale = _checks.positive("routed_scale", routed_scale)
         self.num_groups = _checks.positive_int("num_groups", num_groups)

@@ -1,13 +1,13 @@
 """Balanced assignment by Sinkhorn's algorithm."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import keras
 from keras import ops
 
 from keras_moe import _checks
 from keras_moe._numerics import softmax
-from keras_moe.routers.base import Router
+from keras_moe.routers.base import LinearRouter
 from keras_moe.routers.selection import pick, select_top_k
 from keras_moe.routing import Routing
 from keras_moe.types import Config, Tensor
@@ -16,7 +16,7 @@ _TINY = 1e-20
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
-class SinkhornRouter(Router):
+class SinkhornRouter(LinearRouter):
     """Top-k of scores that are balanced over the batch, in training; plain top-k at inference.
 
     In training exp(x W) is scaled by a factor per token and one per expert until each token's
@@ -29,10 +29,9 @@ class SinkhornRouter(Router):
         num_experts: Positive integer, the number of experts E.
         top_k: Integer between 1 and `num_experts`. Defaults to `1` (the papers').
         iterations: Positive integer, how often both factors are computed. Defaults to `8`.
-        z_loss_weight: Coefficient of the router z-loss. Defaults to `0.0`.
-        **kwargs: Arguments of `Router`: `jitter`, `sequence_balance_weight`,
-            `local_entropy_weight`, `global_entropy_weight`, `kernel_initializer`,
-            `kernel_regularizer`, `kernel_constraint`, `seed`.
+        **kwargs: Arguments of `LinearRouter`: `losses`, `jitter`, `kernel_initializer`,
+            `kernel_regularizer`, `kernel_constraint`, `seed`. The `losses` are 0 by
+            default: the assignment is balanced.
 
     Reference:
         Clark et al. 2022, "Unified Scaling Laws for Routed Language Models", section 3.1 and
@@ -40,23 +39,32 @@ class SinkhornRouter(Router):
         exactly.
     """
 
+    LOSSES: ClassVar[dict[str, float]] = {
+        "z_loss": 0.0,
+        "sequence_balance": 0.0,
+        "local_entropy": 0.0,
+        "global_entropy": 0.0,
+    }
+
     def __init__(
         self,
         num_experts: int,
         top_k: int = 1,
         *,
         iterations: int = 8,
-        z_loss_weight: float = 0.0,
         **kwargs: Any,
     ) -> None:
-        kwargs["balance_weight"] = 0.0  # the assignment is balanced
-        super().__init__(num_experts, top_k, z_loss_weight=z_loss_weight, **kwargs)
+        super().__init__(num_experts, top_k, **kwargs)
         self.iterations = _checks.positive_int("iterations", iterations)
+
+    def looks_ahead(self, has_capacity: bool) -> str | None:
+        del has_capacity
+        return "`SinkhornRouter` balances over all tokens in training"
 
     def call(
         self, inputs: Tensor, mask: Tensor | None = None, training: bool | None = None
     ) -> Routing:
-        logits = ops.matmul(self._jittered(inputs) if training else inputs, self.kernel)
+        logits = self.logits(self.jittered(inputs, training))
         scores = self._balanced(logits, mask) if training else logits
         experts = select_top_k(scores, self.top_k)
         probabilities = self.probabilities(logits)
@@ -83,6 +91,4 @@ class SinkhornRouter(Router):
         return ops.where(is_token, scores * by_token * by_expert, 0.0)
 
     def get_config(self) -> Config:
-        config = super().get_config()
-        del config["balance_weight"]
-        return {**config, "iterations": self.iterations}
+        return {**super().get_config(), "iterations": self.iterations}

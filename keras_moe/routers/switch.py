@@ -4,13 +4,13 @@ from typing import Any
 
 import keras
 
-from keras_moe.routers.base import Router
+from keras_moe.routers.base import LinearRouter, refuse_top_k
 from keras_moe.routers.selection import pick, select_top_k
 from keras_moe.types import Config, Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
-class SwitchRouter(Router):
+class SwitchRouter(LinearRouter):
     """Each token goes to its most probable expert, weighted by that probability.
 
     p = softmax((x * U(1 - jitter, 1 + jitter)) W); expert = argmax p; weight = max p. The noise is
@@ -20,15 +20,15 @@ class SwitchRouter(Router):
         num_experts: Positive integer, the experts E to choose from.
         jitter: Float in [0, 1), the half-width of the multiplicative input noise. Defaults to
             `0.01` (the paper's).
-        **kwargs: Arguments of `Router`: `balance_weight`, `z_loss_weight`,
-            `sequence_balance_weight`, `local_entropy_weight`, `global_entropy_weight`,
-            `kernel_initializer`, `kernel_regularizer`, `kernel_constraint`, `seed`.
+        **kwargs: Arguments of `LinearRouter`: `losses`, `kernel_initializer`,
+            `kernel_regularizer`, `kernel_constraint`, `seed`.
 
     Reference:
         Fedus et al. 2021, "Switch Transformers", section 2.
     """
 
     def __init__(self, num_experts: int, *, jitter: float = 0.01, **kwargs: Any) -> None:
+        refuse_top_k(type(self), kwargs)
         super().__init__(num_experts, 1, jitter=jitter, **kwargs)
 
     def choose(self, logits: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:

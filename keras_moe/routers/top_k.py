@@ -6,7 +6,7 @@ import keras
 from keras import ops
 
 from keras_moe import _checks
-from keras_moe.routers.base import Router
+from keras_moe.routers.base import LinearRouter
 from keras_moe.routers.selection import pick, scaled_to_one, select_top_k
 from keras_moe.types import Config, Tensor
 
@@ -14,7 +14,7 @@ SCORES = ("softmax", "sigmoid")
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
-class TopKRouter(Router):
+class TopKRouter(LinearRouter):
     """Each token goes to its k experts of highest score.
 
     s = score(x W); experts = the k largest s; weight_j = s_j, divided by the sum of the k chosen
@@ -30,9 +30,8 @@ class TopKRouter(Router):
             `True`.
         score: `"softmax"`, over all experts, or `"sigmoid"`, each expert's own. The balance loss
             then takes each expert's share of a token's scores. Defaults to `"softmax"`.
-        **kwargs: Arguments of `Router`: `jitter`, `balance_weight`, `z_loss_weight`,
-            `sequence_balance_weight`, `local_entropy_weight`, `global_entropy_weight`,
-            `kernel_initializer`, `kernel_regularizer`, `kernel_constraint`, `seed`.
+        **kwargs: Arguments of `LinearRouter`: `losses`, `jitter`, `kernel_initializer`,
+            `kernel_regularizer`, `kernel_constraint`, `seed`.
 
     Example:
 

@@ -114,9 +114,11 @@ CASES = {
                 "class_name": "TopKRouter",
                 "config": {
                     "num_experts": 4,
-                    "sequence_balance_weight": 0.1,
-                    "local_entropy_weight": 0.1,
-                    "global_entropy_weight": 0.1,
+                    "losses": {
+                        "sequence_balance": 0.1,
+                        "local_entropy": 0.1,
+                        "global_entropy": 0.1,
+                    },
                 },
                 "registered_name": "keras_moe>TopKRouter",
             },

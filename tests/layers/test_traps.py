@@ -322,7 +322,7 @@ def test_top_1_gate_gives_the_router_a_gradient(router):
 @pytest.mark.parametrize("size", [1.0, 1e-3, 1e-6])
 def test_small_sigmoid_scores_cheat_no_loss(size):
     """Megatron #1545: an eps added to their sum lets a router lower its losses with its scores."""
-    router = routers.TopKRouter(4, 2, score="sigmoid", **SIGMOID_LOSSES)
+    router = routers.TopKRouter(4, 2, score="sigmoid", losses=SIGMOID_LOSSES)
     router.build((None, D))
     # Logits far below 0: the scores are about `size`, in the same proportions.
     x = np.ones((6, D), "float32")
@@ -337,7 +337,7 @@ def test_small_sigmoid_scores_cheat_no_loss(size):
     assert routing.losses["sequence_balance"] == pytest.approx(routing.losses["balance"], rel=1e-5)
 
 
-SIGMOID_LOSSES = {"sequence_balance_weight": 1.0, "z_loss_weight": 0.0}
+SIGMOID_LOSSES = {"sequence_balance": 1.0, "z_loss": 0.0}
 
 
 # === Gradients that are not NaN ===

@@ -15,6 +15,7 @@ from tests import helpers
 from tests.oracle import expert_mlp, mmoe, moe, soft_moe
 
 LOSSES = {"balance_weight": 0.7, "z_loss_weight": 0.3}
+ROUTER_LOSSES = {"balance": 0.7, "z_loss": 0.3}
 
 
 def gelu_tanh(x):
@@ -63,7 +64,9 @@ def check_moe(
     """Builds the layer, runs oracle and layer on the same numbers, and returns both results."""
     activation = arguments.pop("activation", "gelu")
     weights = {k: arguments.get(k, v) for k, v in LOSSES.items()}
-    layer = layer_class(**{**weights, **arguments, "activation": ACTIVATIONS[activation]})
+    is_object = isinstance(arguments.get("router"), routers.Router)  # brings its own
+    asked = {**({} if is_object else weights), **arguments}
+    layer = layer_class(**asked, activation=ACTIVATIONS[activation])
     layer.build((None, *shape[1:]))
     helpers.randomize_weights(layer, seed)
     if skew:
@@ -165,7 +168,7 @@ def test_moe_top_k(carrier, top_k):
 @pytest.mark.parametrize(("carrier", "top_k"), [("blocks", 3), ("dense", 1), ("capacity_1.0", 3)])
 def test_moe_not_normalized(carrier, top_k):
     arguments, settings = carried(carrier)
-    router = routers.TopKRouter(5, top_k, normalize=False, **LOSSES)
+    router = routers.TopKRouter(5, top_k, normalize=False, losses=ROUTER_LOSSES)
     arguments |= {"num_experts": 5, "hidden_dim": 6, "router": router}
     check_moe(arguments, {"top_k": top_k, "normalize": False, **settings}, seed=4)
 
@@ -180,7 +183,7 @@ def test_moe_dense_router(carrier):
 
 def check_dense_router(arguments, settings):
     """The order of a dense router's choices is that of the experts, not of their probabilities."""
-    layer = layers.MoE(**LOSSES, **arguments)
+    layer = layers.MoE(z_loss_weight=LOSSES["z_loss_weight"], **arguments)
     layer.build((None, 5, 4))
     helpers.randomize_weights(layer, 5)
     x, cotangent = inputs_of((3, 5, 4), 6), inputs_of((3, 5, 4), 7)

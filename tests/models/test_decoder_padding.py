@@ -32,10 +32,10 @@ KINDS = {
     "causal soft": lambda block: layers.SoftMoE(3, 20, causal=True, name=f"block_{block}_soft"),
 }
 LOSSES = {
-    "z-loss": routed(lambda: routers.TopKRouter(4, 2, balance_weight=0.5, z_loss_weight=0.5)),
-    "sequences": routed(lambda: routers.TopKRouter(4, 2, sequence_balance_weight=0.5)),
+    "z-loss": routed(lambda: routers.TopKRouter(4, 2, losses={"balance": 0.5, "z_loss": 0.5})),
+    "sequences": routed(lambda: routers.TopKRouter(4, 2, losses={"sequence_balance": 0.5})),
     "entropies": routed(
-        lambda: routers.TopKRouter(4, 2, local_entropy_weight=0.5, global_entropy_weight=0.5)
+        lambda: routers.TopKRouter(4, 2, losses={"local_entropy": 0.5, "global_entropy": 0.5})
     ),
     "bias": KINDS["bias"],
     "token hash": KINDS["token hash"],

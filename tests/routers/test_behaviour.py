@@ -183,7 +183,7 @@ def test_losses_are_zero_and_finite_where_all_is_padding():
         helpers.randomize_weights(router)
         x = np.random.default_rng(0).normal(size=(6, D)).astype("float32")
         routing, _ = helpers.call(router, x, mask=np.zeros(6, bool), training=True)
-        assert set(routing.losses) == set(router.loss_weights)
+        assert set(routing.losses) == {"balance", "z_loss", *router.loss_weights}
         for loss, value in routing.losses.items():
             assert float(value) == 0.0, (name, loss)
 
@@ -192,7 +192,7 @@ def test_losses_are_zero_and_finite_where_all_is_padding():
 def test_no_nan_gradient_where_all_sigmoid_scores_are_0(name):
     """Far below 0 all underflow, and a quotient's gradient divides by the square of their sum."""
     kind = {"sigmoid_bias": routers.SigmoidBiasRouter, "top_k": routers.TopKRouter}[name]
-    layer = layers.MoE(E, 8, router=kind(E, 2, score="sigmoid", balance_weight=1.0))
+    layer = layers.MoE(E, 8, router=kind(E, 2, score="sigmoid", losses={"balance": 1.0}))
     layer.build((None, D))
     layer.router.kernel.assign(np.ones((D, E), "float32"))
     call = helpers.Differentiable(layer)

@@ -147,20 +147,20 @@ def limoe(logits, k):
     return total
 
 
-def token_choice(k, **weights):
-    return routers.TopKRouter(E, k, z_loss_weight=0.0, **{"balance_weight": 0.0, **weights})
+def token_choice(k, weights):
+    return routers.TopKRouter(E, k, losses={"balance": 0.0, "z_loss": 0.0, **weights})
 
 
-def sigmoid(k, **weights):
-    return routers.SigmoidBiasRouter(E, k, **weights)
+def sigmoid(k, weights):
+    return routers.SigmoidBiasRouter(E, k, losses=weights)
 
 
-def noisy(k, **weights):
-    return routers.NoisyTopKRouter(E, k, **weights)
+def noisy(k, weights):
+    return routers.NoisyTopKRouter(E, k, losses=weights)
 
 
-def prioritised(k, **weights):
-    return routers.BatchPriorityRouter(E, k, **weights)
+def prioritised(k, weights):
+    return routers.BatchPriorityRouter(E, k, losses=weights)
 
 
 # Row of the table -> the library's formula, ours, and values of k that it allows.
@@ -187,7 +187,7 @@ def table():
 
 
 def weights_of(conversion, k, num_layers):
-    """`balance_weight = c k / L` as arguments of a router."""
+    """`balance = c k / L` as the losses of a router."""
     scales = {"c": C, "k": k, "/ L": 1 / num_layers, "ln E": np.log(E)}
     found = {}
     for name, formula in re.findall(r"`(\w+) = ([^`]*)`", conversion):
@@ -201,7 +201,7 @@ def ours(make, logits, k, weights, sequences):
     """The sum over layers of what our router adds for logits `(L, B, T, E)`."""
     total = 0.0
     for layer in logits.reshape(len(logits), -1, E):
-        router = make(k, **weights)
+        router = make(k, weights)
         router.build((None, E))
         router.kernel.assign(np.eye(E))
         if hasattr(router, "noise_kernel"):

@@ -27,11 +27,7 @@ COEFFICIENTS = {
     "global_entropy": 1.1,
 }
 # The losses that are off unless they have a coefficient, whatever it is.
-ALL_LOSSES = {
-    "sequence_balance_weight": 1.0,
-    "local_entropy_weight": 1.0,
-    "global_entropy_weight": 1.0,
-}
+ALL_LOSSES = dict.fromkeys(["sequence_balance", "local_entropy", "global_entropy"], 1.0)
 BIAS = np.array([0.4, -0.3, 0.0, 0.2, -0.5, 0.1])
 PENALTY = 0.25
 VOCABULARY = 11
@@ -96,7 +92,7 @@ def no_token_left(k, factor, rounds=E, **arguments):
 
 def with_all_losses(make, rule, sequences, is_noisy=False, **settings):
     rule = oracle.with_all_losses(rule, sequences)
-    return Case(lambda: make(**ALL_LOSSES), rule, settings, is_noisy, sequences)
+    return Case(lambda: make(losses=ALL_LOSSES), rule, settings, is_noisy, sequences)
 
 
 def dselect(k, num_experts=E, static=False, gamma=4.0):
@@ -162,7 +158,7 @@ CASES = {
     "no_token_left_3_sigmoid": no_token_left(3, 0.6, score="sigmoid"),
     "no_token_left_2_ample": no_token_left(2, 9.0),
     "no_token_left_2_all_losses_3_sequences": Case(
-        lambda: routers.NoTokenLeftRouter(E, 2, capacity_factor=0.7, **ALL_LOSSES),
+        lambda: routers.NoTokenLeftRouter(E, 2, capacity_factor=0.7, losses=ALL_LOSSES),
         oracle.no_token_left,
         {"k": 2, "factor": 0.7, "rounds": E, "sequences": 3},
         sequences=3,

@@ -64,7 +64,7 @@ class Block(keras.layers.Layer):
         return shape
 
 
-class SigmoidRouter(routers.Router):
+class SigmoidRouter(routers.LinearRouter):
     """A custom rule with a hidden layer in front of the scores."""
 
     def build(self, shape):
