@@ -7,9 +7,9 @@ from keras_moe.dispatch.dense import DenseCarrier
 from keras_moe.dispatch.einsum import EinsumCarrier
 from keras_moe.dispatch.expert_choice import ExpertChoiceCarrier
 from keras_moe.dispatch.grouped import GroupedCarrier
+from keras_moe.dispatch.layout import Stage
 from keras_moe.dispatch.lookup import LookupCarrier
 from keras_moe.dispatch.planner import DispatchPlan
-from keras_moe.dispatch.stages import Stage
 
 __all__ = [
     "BlocksCarrier",

@@ -57,12 +57,12 @@ class BlocksCarrier(Carrier):
         if not _takes_dynamic_blocks(experts) and _is_for_export(ops.shape(tokens)[0]):
             # Blocks of Keras layers are a loop whose steps differ, which no export can hold.
             return DenseCarrier()(tokens, routing, experts, training=training)
-        walker = backend.current()
-        if walker is None or self.block_size is not None or not takes_groups(experts):
+        walker = backend.current
+        if not walker.WALKS or self.block_size is not None or not takes_groups(experts):
             return self._carry_padded(tokens, routing, experts, training)
         total = ops.shape(routing.experts)[0] * routing.experts.shape[-1]
         padding = walker.row_padding(total, experts.num_experts)
-        return carry_ragged(tokens, routing, experts, walker.carry, padding, training)
+        return carry_ragged(tokens, routing, experts, walker.walk, padding, training)
 
     def _carry_padded(
         self, tokens: Tensor, routing: Routing, experts: ExpertBank, training: bool | None

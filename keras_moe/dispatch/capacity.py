@@ -11,8 +11,9 @@ from keras_moe.dispatch.carrier import (
     bin_of_assignments,
 )
 from keras_moe.dispatch.costs import walk_beats_slots
+from keras_moe.dispatch.layout import Bins
 from keras_moe.dispatch.permute import as_rows, combine, gather_blocks
-from keras_moe.dispatch.plan import Bins, capacity_slots, sort_into_bins
+from keras_moe.dispatch.plan import capacity_slots, sort_into_bins
 from keras_moe.dispatch.ragged import takes_groups
 from keras_moe.routing import Routing
 from keras_moe.types import Tensor
@@ -60,8 +61,7 @@ class CapacityCarrier(Carrier):
         tokens: Tensor, routing: Routing, experts: ExpertBank, num_slots: int | Tensor
     ) -> bool:
         """Whether the rows that are kept cost less one expert after another."""
-        module = backend.current()
-        if module is None or not takes_groups(experts) or not module.is_on_cpu(tokens):
+        if not takes_groups(experts) or not backend.current.is_on_cpu(tokens):
             return False
         assigned = ops.shape(routing.experts)[0] * routing.experts.shape[-1]
         weights = experts.count_params()

@@ -7,7 +7,7 @@ import keras
 from keras import ops
 
 from keras_moe._sizes import as_tensor, at_least
-from keras_moe.dispatch.stages import Stage
+from keras_moe.dispatch.layout import Stage
 from keras_moe.routing import Routing
 from keras_moe.types import Config, Tensor
 

@@ -9,8 +9,8 @@ from keras_moe._exporting import is_exporting
 from keras_moe.dispatch import native
 from keras_moe.dispatch.blocks import BlocksCarrier
 from keras_moe.dispatch.carrier import Carrier, ExpertBank
+from keras_moe.dispatch.layout import Stage
 from keras_moe.dispatch.ragged import by_rows, carry_ragged, takes_groups
-from keras_moe.dispatch.stages import Stage
 from keras_moe.routing import Routing
 from keras_moe.types import Tensor
 

@@ -131,5 +131,4 @@ def _slowdown(backend_name: str, dtype: str) -> float:
 
 def _module() -> Any:
     """The backend's module if it has a grouped matmul, or None."""
-    module = backend.current()
-    return module if hasattr(module, "grouped_matmul") else None
+    return backend.current if backend.current.HAS_GROUPED_MATMUL else None

@@ -6,15 +6,19 @@ slots. So both gradients are gathers too, and deterministic.
 """
 
 from collections.abc import Callable
-from typing import Any
 
-import keras
 from keras import ops
 
 from keras_moe._exporting import is_exporting
 from keras_moe._sizes import as_tensor, at_least
 from keras_moe.dispatch import backend
-from keras_moe.dispatch.plan import Slots
+from keras_moe.dispatch.layout import (
+    Slots,
+    rows_by_choice,
+    slots_by_choice,
+    take_rows,
+    wide_dtype,
+)
 from keras_moe.types import Tensor
 
 
@@ -30,7 +34,7 @@ def gather_blocks(
         shape: how many blocks there are, and rows in each.
     """
     if is_exporting():  # PyTorch splits an axis of unknown size while it has no other
-        return _take(tokens, ops.reshape(_token_of(tokens, slots), shape))
+        return take_rows(tokens, ops.reshape(_token_of(tokens, slots), shape))
     rows = gather_tokens(tokens, slots, top_k)
     return ops.reshape(rows, (*shape, tokens.shape[-1]))
 
@@ -96,7 +100,7 @@ def as_rows(blocks: Tensor) -> Tensor:
 
 def _gather(tokens: Tensor, token: Tensor, source: Tensor, is_kept: Tensor) -> Tensor:
     del source, is_kept
-    return _take(tokens, token)
+    return take_rows(tokens, token)
 
 
 def _gather_gradient(
@@ -116,7 +120,7 @@ def _combine(
     is_kept: Tensor,
 ) -> Tensor:
     del token, assignment, is_filled
-    of_choice = ops.unstack(ops.cast(weights, _wide(outputs)), weights.shape[-1], axis=-1)
+    of_choice = ops.unstack(ops.cast(weights, wide_dtype(outputs)), weights.shape[-1], axis=-1)
     sums = sum(
         chosen * ops.expand_dims(weight, -1)
         for chosen, weight in zip(rows_by_choice(outputs, source, is_kept), of_choice, strict=True)
@@ -134,10 +138,10 @@ def _combine_gradient(
     source: Tensor,
     is_kept: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    wide = _wide(outputs)
+    wide = wide_dtype(outputs)
     of_slot = ops.take(ops.reshape(ops.transpose(weights), (-1,)), assignment)
     of_slot = ops.cast(ops.where(is_filled, of_slot, 0), wide)
-    by_outputs = ops.cast(_take(upstream, token), wide) * ops.expand_dims(of_slot, -1)
+    by_outputs = ops.cast(take_rows(upstream, token), wide) * ops.expand_dims(of_slot, -1)
     by_weights = [
         ops.sum(chosen * ops.cast(upstream, wide), axis=-1)
         for chosen in rows_by_choice(outputs, source, is_kept)
@@ -157,48 +161,4 @@ def _with_gradient(
     """function(*inputs, *fixed), with gradient(upstream, *inputs, *fixed) to the inputs."""
     if is_exporting():  # an export has no gradients, and PyTorch's ONNX none of its functions
         return function(*inputs, *fixed)
-    own = getattr(backend.current(), "with_gradient", None)
-    if own is not None:
-        return own(function, gradient, inputs, fixed)
-
-    @ops.custom_gradient
-    def run(*inputs: Tensor) -> Any:
-        def backward(*args: Tensor, upstream: Tensor | None = None) -> tuple[Tensor, ...]:
-            return gradient(args[-1] if upstream is None else upstream, *inputs, *fixed)
-
-        return function(*inputs, *fixed), backward
-
-    return run(*inputs)
-
-
-def slots_by_choice(slots: Slots, top_k: int) -> tuple[Tensor, Tensor]:
-    """The slot of each choice of each token, `(k, N)`, 0 for none, and whether it has one."""
-    by_choice = ops.reshape(slots.slot_of, (top_k, -1))
-    is_kept = by_choice < ops.shape(slots.assignment)[0]
-    return ops.where(is_kept, by_choice, 0), is_kept
-
-
-def rows_by_choice(rows: Tensor, source: Tensor, is_kept: Tensor) -> list[Tensor]:
-    """The rows `(N, out)` of every first choice, every second one and so on; 0 where none is kept.
-
-    One by one: a single gather of all choices, `(k, N, out)`, takes XLA:CPU ten times as long.
-    """
-    top_k = is_kept.shape[0]
-    return [
-        ops.cast(ops.where(kept[:, None], _take(rows, chosen), 0), _wide(rows))
-        for kept, chosen in zip(
-            ops.unstack(is_kept, top_k), ops.unstack(source, top_k), strict=True
-        )
-    ]
-
-
-def _take(rows: Tensor, indices: Tensor) -> Tensor:
-    """Rows by index; where there may be none at all, a row to take is put there."""
-    if not isinstance(ops.shape(rows)[0], int):
-        rows = ops.concatenate([rows, ops.zeros((1, rows.shape[-1]), dtype=rows.dtype)], axis=0)
-    return ops.take(rows, indices, axis=0)
-
-
-def _wide(rows: Tensor) -> str:
-    """The dtype that sums are taken in: float32 at least."""
-    return keras.backend.result_type(keras.backend.standardize_dtype(rows.dtype), "float32")
+    return backend.current.with_gradient(function, gradient, inputs, fixed)

@@ -7,63 +7,14 @@ Nothing is ever scattered: slots gather tokens, tokens gather slots. Out-of-rang
 different things on three backends, so whatever points nowhere points to a spare slot.
 """
 
-from typing import NamedTuple
-
 from keras import ops
 
 from keras_moe._exporting import is_exporting
 from keras_moe._numerics import edges_of
 from keras_moe._sizes import as_tensor, is_symbolic
 from keras_moe.dispatch import backend
+from keras_moe.dispatch.layout import Bins, Slots, entries_at
 from keras_moe.types import Tensor
-
-
-class Bins(NamedTuple):
-    """Assignments sorted by bin.
-
-    Attributes:
-        order: int32 `(A,)`, assignments in bin order, unassigned ones last.
-        rank: int32 `(A,)`, where each assignment stands in `order`.
-        edges: int32 `(bins + 1,)`, where each bin begins in `order`, and where the last one ends.
-        bin_of: int32 `(A,)`, the bin of each assignment, `bins` if it has none.
-    """
-
-    order: Tensor
-    rank: Tensor
-    edges: Tensor
-    bin_of: Tensor
-
-    @property
-    def starts(self) -> Tensor:
-        """int32 `(bins,)`, where each bin begins in `order`."""
-        return self.edges[:-1]
-
-    @property
-    def ends(self) -> Tensor:
-        """int32 `(bins,)`, where each bin ends in `order`."""
-        return self.edges[1:]
-
-    @property
-    def counts(self) -> Tensor:
-        """int32 `(bins,)`, how many assignments each bin holds."""
-        return self.edges[1:] - self.edges[:-1]
-
-    @property
-    def position(self) -> Tensor:
-        """int32 `(A,)`, the place of each assignment in its bin, from 0."""
-        return self.rank - _at(self.edges, self.bin_of)
-
-
-class Slots(NamedTuple):
-    """A layout of bins in a flat array of S slots.
-
-    Attributes:
-        assignment: int32 `(S,)`, the assignment a slot holds; A if it is empty.
-        slot_of: int32 `(A,)`, the slot of an assignment; S if it was dropped.
-    """
-
-    assignment: Tensor
-    slot_of: Tensor
 
 
 def sort_into_bins(bin_of: Tensor, num_bins: int | Tensor) -> Bins:
@@ -74,26 +25,17 @@ def sort_into_bins(bin_of: Tensor, num_bins: int | Tensor) -> Bins:
         num_bins: how many bins there are.
     """
     total = ops.shape(bin_of)[0]
-    own = getattr(backend.current(), "sort_for_export", None)
-    if is_exporting() and own is not None:
-        order, edges = own(bin_of, num_bins)
+    if is_exporting():
+        order, edges = backend.current.sort_for_export(bin_of, num_bins)
     else:
         sorted_bins, order = _sort(bin_of, total, num_bins)
         edges = edges_of(sorted_bins, num_bins)
-    return Bins(order, _inverse(order, total), edges, bin_of)
-
-
-def _inverse(order: Tensor, total: int | Tensor) -> Tensor:
-    """The inverse of a permutation."""
-    own = getattr(backend.current(), "inverse_permutation", None)
-    if own is not None:
-        return own(order)
-    return ops.scatter(ops.expand_dims(order, -1), ops.arange(total, dtype="int32"), (total,))
+    return Bins(order, backend.current.inverse_permutation(order), edges, bin_of)
 
 
 def _sort(bin_of: Tensor, total: int | Tensor, num_bins: int | Tensor) -> tuple[Tensor, Tensor]:
     """Returns the sorted bins and the permutation that sorts them."""
-    if isinstance(total, int) and isinstance(num_bins, int) and not is_exporting():
+    if isinstance(total, int) and isinstance(num_bins, int):
         bits = max((total - 1).bit_length(), 1)
         if total > 0 and (num_bins + 1) << bits < 2**31:
             # One sort of a packed key is 4 to 5 times faster than argsort on XLA:CPU (FACTS section
@@ -101,7 +43,7 @@ def _sort(bin_of: Tensor, total: int | Tensor, num_bins: int | Tensor) -> tuple[
             packed = ops.sort(ops.left_shift(bin_of, bits) + ops.arange(total, dtype="int32"))
             return ops.right_shift(packed, bits), ops.bitwise_and(packed, (1 << bits) - 1)
     order = ops.cast(ops.argsort(bin_of), "int32")
-    return _at(bin_of, order), order
+    return entries_at(bin_of, order), order
 
 
 def capacity_slots(bins: Bins, capacity: int | Tensor) -> Slots:
@@ -148,12 +90,12 @@ def block_slots(
     blocks = ops.arange(num_blocks, dtype="int32")
     bin_of_block = ops.minimum(_first_above(block_ends, blocks), num_bins - 1)
 
-    rows = ops.expand_dims((blocks - _at(block_starts, bin_of_block)) * block_size, -1)
+    rows = ops.expand_dims((blocks - entries_at(block_starts, bin_of_block)) * block_size, -1)
     place = rows + ops.arange(block_size, dtype="int32")
-    rank = ops.expand_dims(_at(bins.starts, bin_of_block), -1) + place
-    is_used = place < ops.expand_dims(_at(bins.counts, bin_of_block), -1)
+    rank = ops.expand_dims(entries_at(bins.starts, bin_of_block), -1) + place
+    is_used = place < ops.expand_dims(entries_at(bins.counts, bin_of_block), -1)
 
-    start_of = _at(block_starts, ops.minimum(bins.bin_of, num_bins - 1))
+    start_of = entries_at(block_starts, ops.minimum(bins.bin_of, num_bins - 1))
     slot_of = start_of * block_size + bins.position
     slots = Slots(
         assignment=_assignment_at(bins, ops.reshape(rank, (-1,)), ops.reshape(is_used, (-1,))),
@@ -173,17 +115,8 @@ def _first_above(ends: Tensor, numbers: Tensor) -> Tensor:
 def _assignment_at(bins: Bins, rank: Tensor, is_used: Tensor) -> Tensor:
     total = ops.shape(bins.order)[0]
     padded_order = ops.concatenate([bins.order, ops.zeros((1,), dtype="int32")])
-    return _where(is_used, _at(padded_order, _where(rank < total, rank, total)), total)
+    return _where(is_used, entries_at(padded_order, _where(rank < total, rank, total)), total)
 
 
 def _where(condition: Tensor, values: Tensor, otherwise: int | Tensor) -> Tensor:
     return ops.where(condition, values, as_tensor(otherwise, "int32"))
-
-
-def _at(values: Tensor, places: Tensor) -> Tensor:
-    """The entries of an array at some places."""
-    if not is_exporting():
-        return ops.take(values, places)
-    # Rows of one column: PyTorch's ONNX and OpenVINO take a lookup for nothing else.
-    rows = ops.take(ops.expand_dims(values, -1), ops.reshape(places, (-1,)), axis=0)
-    return ops.reshape(rows, ops.shape(places))

@@ -6,9 +6,9 @@ from keras import ops
 
 from keras_moe._exporting import is_exporting
 from keras_moe.dispatch.carrier import ExpertBank, bin_of_assignments
+from keras_moe.dispatch.layout import Slots, Stage
 from keras_moe.dispatch.permute import combine, gather_tokens
-from keras_moe.dispatch.plan import Slots, ragged_slots, sort_into_bins
-from keras_moe.dispatch.stages import Stage
+from keras_moe.dispatch.plan import ragged_slots, sort_into_bins
 from keras_moe.routing import Routing
 from keras_moe.types import Tensor
 

@@ -326,8 +326,8 @@ def _is_faster_one_by_one(inputs: Tensor) -> bool:
     On a CPU a batched matmul reads the rows anew for each expert and keeps all of them in flight;
     a plain one has a better kernel. Few rows wait for the calls instead: docs/design/0011.
     """
-    module, rows = backend.current(), ops.shape(inputs)[1]
-    if inputs.shape[0] != 1 or module is None or not module.is_on_cpu(inputs):
+    rows = ops.shape(inputs)[1]
+    if inputs.shape[0] != 1 or not backend.current.is_on_cpu(inputs):
         return False
     return not isinstance(rows, int) or rows >= _MANY_ROWS
 

@@ -100,7 +100,7 @@ class LayerExperts(keras.layers.Layer):
         if block_experts is not None:
             outputs = self._call_blocks(inputs, block_experts, training)
             trained = [v.value for e in self.experts for v in e.trainable_variables]
-            return backend.reach(outputs, trained)
+            return backend.current.reach(outputs, trained)
         if inputs.shape[0] == 1:
             rows = [inputs[0]] * self.num_experts
         else:

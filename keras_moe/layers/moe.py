@@ -297,7 +297,7 @@ class MoE(ExpertFeedForward):
     ) -> Any:
         if mask is None:  # Keras hands on that of the inputs, but not where there are token ids too
             mask = get_keras_mask(inputs)
-        with exporting() if backend.is_traced_for_export() else nullcontext():
+        with exporting() if backend.current.is_traced_for_export() else nullcontext():
             return self._forward(inputs, mask, training, return_routing, token_ids)
 
     def _forward(

@@ -74,7 +74,7 @@ def test_which_way_is_taken(taken, factor, experts):
 
 
 def test_an_accelerator_takes_slots(monkeypatch, taken):
-    monkeypatch.setattr(backend.current(), "is_on_cpu", lambda tensor: False)
+    monkeypatch.setattr(backend.current, "is_on_cpu", lambda tensor: False)
     layers.MoE(8, 8, capacity_factor=4.0)(ops.ones((64, 4)))
     assert not taken
 

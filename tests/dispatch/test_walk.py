@@ -9,8 +9,7 @@ from keras import ops
 
 from keras_moe.dispatch import backend, native
 from keras_moe.dispatch.grouped import run_stages
-from keras_moe.dispatch.plan import Slots
-from keras_moe.dispatch.stages import Stage
+from keras_moe.dispatch.layout import Slots, Stage
 
 NAME = keras.backend.backend()
 WIDTHS = (6, 5, 4)  # of no multiple of anything
@@ -37,12 +36,12 @@ def silu_slope(x):
 
 def walk(rows, ends, stages, total, weights=None):
     """The backend's walk, gathering between identities, with weights `(total, 1)` or with ones."""
-    module = backend.current()
+    module = backend.current
     everything = np.arange(rows.shape[0], dtype="int32")
     assignment = np.where(everything < total, everything, total)
     slots = Slots(*map(ops.convert_to_tensor, (assignment, everything[:total])))
     weights = ops.ones((total, 1), dtype="float32") if weights is None else weights
-    outputs = module.carry(rows[:total], weights, slots, ends, stages)
+    outputs = module.walk(rows[:total], weights, slots, ends, stages)
     return ops.pad(outputs, ((0, rows.shape[0] - total), (0, 0)))
 
 
@@ -54,7 +53,7 @@ class Problem:
         self.loads, self.gated, self.biased, self.scaled = loads, gated, biased, scaled
         self.ends = np.cumsum(loads)
         self.total = int(self.ends[-1]) + spare  # the last ones belong to nobody: padding
-        self.padding = backend.current().row_padding(self.total, len(loads))
+        self.padding = backend.current.row_padding(self.total, len(loads))
         count, (d, h, out) = self.total + self.padding, WIDTHS
         experts, kernels = len(loads), 1 + gated
         self.tensors = [
@@ -181,7 +180,7 @@ def under_xla(monkeypatch):
     """TensorFlow's compiler of XLA, for which the walk is another one and wants spare rows."""
     import tensorflow as tf
 
-    monkeypatch.setattr(backend.current(), "_is_under_xla", lambda: True)
+    monkeypatch.setattr(backend.current, "_is_under_xla", lambda: True)
     return lambda function: tf.function(function, jit_compile=True)
 
 
@@ -260,7 +259,7 @@ def check_finite_elsewhere(compiled=lambda function: function):
 
 def test_nobodys_slots_give_no_slope():
     """The token that fills them may have any gradient; an assignment without expert has none."""
-    carry, padding = backend.current().carry, backend.current().row_padding(3, 1)
+    carry, padding = backend.current.walk, backend.current.row_padding(3, 1)
     assignment = np.array([0, 1, 3] + [3] * padding, "int32")
     slot_of = np.array([0, 1, 3 + padding], "int32")
     slots = Slots(*map(ops.convert_to_tensor, (assignment, slot_of)))
@@ -284,7 +283,7 @@ def test_nobodys_slots_give_no_slope():
 def test_half_precision_adds_up_in_float32():
     """4,096 rows whose slopes are 1: a sum of ones in bfloat16 is 256."""
     rows, ends = np.ones((4096, 8), "float32"), np.array([4096], "int32")
-    padding = backend.current().row_padding(4096, 1)
+    padding = backend.current.row_padding(4096, 1)
     rows = np.concatenate([rows, np.zeros((padding, 8), "float32")])
     tensors = [ops.cast(ops.convert_to_tensor(a), "bfloat16") for a in (rows, np.ones((1, 8, 8)))]
 
@@ -305,8 +304,8 @@ class TestNative:
             return
         native.check("float32")
         native._problem.cache_clear()
-        right = backend.current().grouped_matmul
-        monkeypatch.setattr(backend.current(), "grouped_matmul", lambda *a: right(*a) * (1 + 5e-4))
+        right = backend.current.grouped_matmul
+        monkeypatch.setattr(backend.current, "grouped_matmul", lambda *a: right(*a) * (1 + 5e-4))
         with pytest.raises(ValueError, match=r"cannot be used here: its largest relative error"):
             native.check("float32")
         native._problem.cache_clear()
@@ -319,7 +318,7 @@ class TestNative:
             raise RuntimeError("no kernel image")
 
         native._problem.cache_clear()
-        monkeypatch.setattr(backend.current(), "grouped_matmul", broken)
+        monkeypatch.setattr(backend.current, "grouped_matmul", broken)
         with pytest.raises(ValueError, match=r"fails with RuntimeError: no kernel image.*'blocks'"):
             native.check("float32")
         native._problem.cache_clear()

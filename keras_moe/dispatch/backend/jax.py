@@ -22,9 +22,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from keras_moe.dispatch.plan import Slots
-from keras_moe.dispatch.stages import Stage
+from keras_moe.dispatch.backend.portable import (  # noqa: F401
+    inverse_permutation,
+    is_traced_for_export,
+    reach,
+    sort_for_export,
+)
+from keras_moe.dispatch.layout import Slots, Stage
 from keras_moe.types import Tensor
+
+WALKS = HAS_GROUPED_MATMUL = True
 
 
 class _Static(NamedTuple):
@@ -58,7 +65,7 @@ def row_padding(total: int, num_experts: int) -> int:
     return block_sizes(total, num_experts)[0]
 
 
-def carry(
+def walk(
     tokens: Tensor, weights: Tensor, slots: Slots, ends: Tensor, stages: Sequence[Stage]
 ) -> Tensor:
     """Applies each token's experts and sums what they give, weighted.
@@ -79,11 +86,11 @@ def carry(
     static = _Static(tuple(stage.activation for stage in stages), block_sizes(total, ends.shape[0]))
     layers = [(stage.kernels, stage.biases) for stage in stages]
     scales = [stage.scale for stage in stages]
-    return _carry(static, tokens, weights, layers, scales, slots, ends)
+    return _walk(static, tokens, weights, layers, scales, slots, ends)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _carry(
+def _walk(
     static: _Static,
     tokens: Tensor,
     weights: Tensor,
@@ -95,7 +102,7 @@ def _carry(
     return _forward(static, tokens, weights, layers, scales, slots, ends, keep=False)[0]
 
 
-def _carry_forward(static: _Static, *inputs: Any) -> tuple[Tensor, Any]:
+def _walk_forward(static: _Static, *inputs: Any) -> tuple[Tensor, Any]:
     sums, kept = _forward(static, *inputs, keep=True)  # type: ignore[misc]
     return sums, (*inputs, kept)
 
@@ -162,7 +169,7 @@ class _Tape(NamedTuple):
         return jnp.promote_types(self.tokens.dtype, jnp.float32)
 
 
-def _carry_backward(static: _Static, residuals: Any, cotangent: Tensor) -> Any:
+def _walk_backward(static: _Static, residuals: Any, cotangent: Tensor) -> Any:
     tokens, weights, layers, scales, slots, ends, kept = residuals
     token_of, weight_of = _assignments(slots, weights)
     tape = _Tape(static.activations, scales, kept, tokens, cotangent, token_of, weight_of)
@@ -252,7 +259,7 @@ def _backward_block(
     return (by_slot, by_weight, by_scales), slopes
 
 
-_carry.defvjp(_carry_forward, _carry_backward)
+_walk.defvjp(_walk_forward, _walk_backward)
 
 
 def _assignments(slots: Slots, weights: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,9 +13,11 @@ from typing import Any, TypeAlias
 
 import torch
 
-from keras_moe.dispatch.plan import Slots
-from keras_moe.dispatch.stages import Stage
+from keras_moe.dispatch.backend.portable import with_gradient  # noqa: F401
+from keras_moe.dispatch.layout import Slots, Stage
 from keras_moe.types import Tensor
+
+WALKS = HAS_GROUPED_MATMUL = True
 
 Bounds: TypeAlias = list[tuple[int, int]]  # where each expert's rows begin and end
 
@@ -51,7 +53,7 @@ class _Reach(torch.autograd.Function):
 
 
 @torch.compiler.disable  # the loop's bounds are data; `torch.compile` goes on after it
-def carry(
+def walk(
     tokens: Tensor, weights: Tensor, slots: Slots, ends: Tensor, stages: Sequence[Stage]
 ) -> Tensor:
     """Applies each token's experts and sums what they give, weighted.
@@ -347,7 +349,7 @@ def is_on_cpu(tensor: Tensor) -> bool:
 def may_have_grouped_matmul() -> bool:
     """Whether a probe of `grouped_matmul` is worth its time on this device.
 
-    On a CPU it is a loop over experts, which `carry` does without a pass for the biases.
+    On a CPU it is a loop over experts, which `walk` does without a pass for the biases.
     """
     return torch.cuda.is_available() and hasattr(torch.nn.functional, "grouped_mm")
 

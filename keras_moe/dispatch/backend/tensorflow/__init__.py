@@ -16,11 +16,24 @@ from typing import Any
 
 import tensorflow as tf
 
+from keras_moe.dispatch.backend.portable import (  # noqa: F401
+    HAS_GROUPED_MATMUL,
+    eagerly,
+    grouped_matmul,
+    inverse_permutation,
+    is_traced_for_export,
+    may_have_grouped_matmul,
+    reach,
+    sort_for_export,
+    value_and_gradients,
+    with_gradient,
+)
 from keras_moe.dispatch.backend.tensorflow import blocks, ranges
 from keras_moe.dispatch.backend.tensorflow.stages import Experts, Route, Static
-from keras_moe.dispatch.plan import Slots
-from keras_moe.dispatch.stages import Stage
+from keras_moe.dispatch.layout import Slots, Stage
 from keras_moe.types import Tensor
+
+WALKS = True
 
 
 def row_padding(total: int | Tensor, num_experts: int) -> int:
@@ -29,7 +42,7 @@ def row_padding(total: int | Tensor, num_experts: int) -> int:
 
 
 @tf.autograph.experimental.do_not_convert
-def carry(
+def walk(
     tokens: Tensor, weights: Tensor, slots: Slots, ends: Tensor, stages: Sequence[Stage]
 ) -> Tensor:
     """Applies each token's experts and sums what they give, weighted.
@@ -56,7 +69,7 @@ def carry(
         tuple(() if stage.scale is None else (stage.scale,) for stage in stages),
     )
     # The gradient must be of the same kind, wherever it is traced.
-    walk = blocks if is_under_xla else ranges
+    kind = blocks if is_under_xla else ranges
     count = tf.shape(weights)[0]
     assignment = tf.minimum(slots.assignment, count * top_k - 1)  # of an empty slot, some
     token_of = assignment % tf.maximum(count, 1)
@@ -66,10 +79,10 @@ def carry(
         packed = tf.nest.pack_sequence_as(experts, flat)
         weight_of = tf.gather(tf.reshape(tf.transpose(weights), [-1]), assignment)[:, None]
         route = Route(slots, token_of, ends, weights, weight_of)
-        result, sums = walk.forward(static, tokens, route, packed)
+        result, sums = kind.forward(static, tokens, route, packed)
 
         def gradient(cotangent: Tensor) -> list[Tensor]:
-            by_tokens, by_weights, by_experts = walk.backward(
+            by_tokens, by_weights, by_experts = kind.backward(
                 static, tokens, route, packed, sums, cotangent
             )
             return [

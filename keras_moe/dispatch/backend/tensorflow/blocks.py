@@ -28,7 +28,7 @@ from keras_moe.dispatch.backend.tensorflow.stages import (
     starts_of,
     wide,
 )
-from keras_moe.dispatch.permute import rows_by_choice, slots_by_choice
+from keras_moe.dispatch.layout import rows_by_choice, slots_by_choice
 from keras_moe.types import Tensor
 
 

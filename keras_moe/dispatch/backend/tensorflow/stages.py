@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from keras_moe.dispatch.plan import Slots
+from keras_moe.dispatch.layout import Slots
 from keras_moe.types import Tensor
 
 

@@ -1,0 +1,142 @@
+"""Every function of a backend's module, in Keras's operations: right on any backend, and slower."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from keras import ops
+
+from keras_moe._numerics import edges_of
+from keras_moe.dispatch.layout import Slots, Stage, entries_at
+from keras_moe.types import Tensor
+
+WALKS = False  # whether `walk` is faster than padded blocks
+HAS_GROUPED_MATMUL = False  # whether `grouped_matmul` is the platform's own
+
+
+def row_padding(total: int | Tensor, num_experts: int) -> int:
+    """Rows that `walk` needs behind the last one."""
+    del total, num_experts
+    return 0
+
+
+def walk(
+    tokens: Tensor, weights: Tensor, slots: Slots, ends: Tensor, stages: Sequence[Stage]
+) -> Tensor:
+    """Applies each token's experts and sums what they give, weighted: each expert on all rows.
+
+    Args:
+        tokens: `(N, d)`.
+        weights: `(N, k)`, the weight of each assignment.
+        slots: assignments sorted by expert, `row_padding` empty slots behind the last one.
+        ends: int32 `(E,)`, where each expert's slots end; the first one's begin at 0.
+        stages: the layers of the experts.
+
+    Returns:
+        `(N, out)`, summed in float32 at least.
+    """
+    count, top_k = weights.shape
+    token_of = ops.minimum(slots.assignment, count * top_k - 1) % count
+    rows = ops.take(tokens, token_of, axis=0)
+    for stage in stages:
+        sums = [grouped_matmul(rows, kernel, ends) for kernel in stage.kernels]
+        if stage.biases:
+            experts = _expert_of(rows, ends)
+            sums = [
+                s + ops.take(b, experts, axis=0) for s, b in zip(sums, stage.biases, strict=True)
+            ]
+        rows = sums[0] if stage.activation is None else stage.activation(*sums)
+        rows = rows if stage.scale is None else rows * stage.scale
+    slot_of = ops.reshape(slots.slot_of, (top_k, count))
+    is_kept = ops.expand_dims(slot_of < ops.shape(rows)[0], -1)
+    chosen = ops.take(rows, ops.where(is_kept[..., 0], slot_of, 0), axis=0)
+    terms = ops.where(is_kept, ops.cast(chosen, "float32"), 0.0)
+    terms = terms * ops.expand_dims(ops.transpose(weights), -1)
+    return ops.cast(ops.sum(terms, axis=0), tokens.dtype)
+
+
+def grouped_matmul(rows: Tensor, kernel: Tensor, ends: Tensor) -> Tensor:
+    """rows[start:end] @ kernel[e] for each expert e; 0 past the last one.
+
+    Args:
+        rows: `(S, in)`, sorted by expert.
+        kernel: `(E, in, out)`.
+        ends: int32 `(E,)`, where each expert's rows end.
+
+    Returns:
+        `(S, out)`.
+    """
+    place, begin, total = ops.arange(ops.shape(rows)[0], dtype="int32"), 0, 0.0
+    for expert in range(kernel.shape[0]):
+        end = ends[expert]
+        is_own = ops.logical_and(place >= begin, place < end)
+        total = total + ops.where(ops.expand_dims(is_own, -1), ops.matmul(rows, kernel[expert]), 0)
+        begin = end
+    return total
+
+
+def _expert_of(rows: Tensor, ends: Tensor) -> Tensor:
+    place = ops.arange(ops.shape(rows)[0], dtype="int32")
+    is_past = ops.cast(ops.expand_dims(place, -1) >= ends, "int32")
+    return ops.minimum(ops.sum(is_past, axis=-1), ends.shape[0] - 1)
+
+
+def may_have_grouped_matmul() -> bool:
+    """Whether a probe of `grouped_matmul` is worth its time on this device."""
+    return False
+
+
+def is_on_cpu(tensor: Tensor) -> bool:
+    """Whether what is computed from a tensor, traced or not, is computed on a CPU."""
+    del tensor
+    return False
+
+
+def reach(outputs: Tensor, variables: Sequence[Tensor]) -> Tensor:
+    """The outputs, by which each variable has a gradient, 0 where it took no part in them."""
+    del variables
+    return outputs
+
+
+def is_traced_for_export() -> bool:
+    """Whether the call is traced for export, as far as the backend tells."""
+    return False
+
+
+def sort_for_export(bin_of: Tensor, num_bins: int | Tensor) -> tuple[Tensor, Tensor]:
+    """The order that sorts assignments by bin, and the bins' edges, as export formats take it."""
+    order = ops.cast(ops.argsort(bin_of), "int32")
+    return order, edges_of(entries_at(bin_of, order), num_bins)
+
+
+def inverse_permutation(order: Tensor) -> Tensor:
+    """Where each entry of a permutation stands, int32."""
+    total = ops.shape(order)[0]
+    return ops.scatter(ops.expand_dims(order, -1), ops.arange(total, dtype="int32"), (total,))
+
+
+def with_gradient(
+    function: Callable[..., Tensor],
+    gradient: Callable[..., tuple[Tensor, ...]],
+    inputs: tuple[Tensor, ...],
+    fixed: tuple[Tensor, ...],
+) -> Tensor:
+    """function(*inputs, *fixed) with the gradient gradient(upstream, *inputs, *fixed)."""
+
+    @ops.custom_gradient
+    def run(*inputs: Tensor) -> Any:
+        def backward(*args: Tensor, upstream: Tensor | None = None) -> tuple[Tensor, ...]:
+            return gradient(args[-1] if upstream is None else upstream, *inputs, *fixed)
+
+        return function(*inputs, *fixed), backward
+
+    return run(*inputs)
+
+
+def eagerly(function: Callable[[], Any]) -> Any:
+    """Runs a function now, also while a program is being traced, and waits for it."""
+    return function()
+
+
+def value_and_gradients(function: Callable[..., Tensor], *arguments: Tensor) -> tuple[Any, Any]:
+    """The value of a function, and the gradients of the sum of its squares."""
+    raise NotImplementedError("Keras has no gradients that are the same on every backend.")
