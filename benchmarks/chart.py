@@ -45,7 +45,7 @@ def points_of(rows: Mapping[str, dict[str, Any]], which: str) -> Points:
 
 
 def draw(machines: Mapping[Machine, Latest], path: Path) -> bool:
-    """Draws the machine with the most curves: a column per backend, a line per carrier and peer.
+    """Draws the machine with the most curves: a column per backend, a line per dispatcher and peer.
 
     Returns:
         Whether there was anything to draw.

@@ -70,7 +70,7 @@ class Options:
 
     Attributes:
         backend: as `--backend` names it.
-        carriers: values of `MoE(dispatch=)`.
+        dispatchers: values of `MoE(dispatch=)`.
         peers: whether other libraries' layers take part.
         repeats: rounds of a timing.
         seconds: about the most that one contender may take in one timing.
@@ -79,7 +79,7 @@ class Options:
     """
 
     backend: str
-    carriers: Sequence[str] = ("auto",)
+    dispatchers: Sequence[str] = ("auto",)
     peers: bool = True
     repeats: int = 15
     seconds: float = 20.0

@@ -20,7 +20,7 @@ from benchmarks.rows import select
 def probe(arguments: dict[str, Any]) -> int:
     """Bytes of one warm step, less those of the weights' gradients."""
     options = Options(
-        arguments["backend"], arguments["carriers"], peers=False, quick=arguments["quick"]
+        arguments["backend"], arguments["dispatchers"], peers=False, quick=arguments["quick"]
     )
     engine = engines.get(options.backend)
     (row,) = select([arguments["row"]])

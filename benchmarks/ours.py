@@ -14,7 +14,7 @@ from benchmarks.rows import Sizes
 from keras_moe.layers import MoE
 
 # `MoE(dispatch=)` takes these with a capacity factor, and the others without one.
-CAPACITY_CARRIERS = ("capacity", "einsum")
+CAPACITY_DISPATCHERS = ("slots", "einsum")
 
 
 def moe(sizes: Sizes, **arguments: Any) -> keras.Layer:
@@ -30,30 +30,32 @@ def glu_moe(sizes: Sizes, **arguments: Any) -> keras.Layer:
     return moe(sizes, experts="glu", use_bias=False, activation=GLU_ACTIVATION, **arguments)
 
 
-def name_with(carrier: str) -> str:
-    """What the table calls our layer with a carrier."""
-    return OURS if carrier == "auto" else f"{OURS}[{carrier}]"
+def name_with(dispatcher: str) -> str:
+    """What the table calls our layer with a dispatcher."""
+    return OURS if dispatcher == "auto" else f"{OURS}[{dispatcher}]"
 
 
-def carriers_for(asked: Sequence[str], capacity_factor: float | None) -> list[str]:
-    """Those of the asked carriers that can be had with this capacity factor."""
+def dispatchers_for(asked: Sequence[str], capacity_factor: float | None) -> list[str]:
+    """Those of the asked dispatchers that can be had with this capacity factor."""
     has_capacity = capacity_factor is not None
-    return [each for each in asked if each == "auto" or (each in CAPACITY_CARRIERS) == has_capacity]
+    return [
+        each for each in asked if each == "auto" or (each in CAPACITY_DISPATCHERS) == has_capacity
+    ]
 
 
 def contenders(
     sizes: Sizes, inputs: Any, asked: Sequence[str], capacity_factor: float | None
 ) -> list[Contender]:
-    """Our layer, once per carrier."""
+    """Our layer, once per dispatcher."""
 
-    def with_carrier(carrier: str) -> Contender:
+    def with_dispatcher(dispatcher: str) -> Contender:
         return Contender(
-            name_with(carrier),
-            lambda: moe(sizes, capacity_factor=capacity_factor, dispatch=carrier),
+            name_with(dispatcher),
+            lambda: moe(sizes, capacity_factor=capacity_factor, dispatch=dispatcher),
             inputs,
         )
 
-    return [with_carrier(carrier) for carrier in carriers_for(asked, capacity_factor)]
+    return [with_dispatcher(dispatcher) for dispatcher in dispatchers_for(asked, capacity_factor)]
 
 
 def plan_facts(sizes: Sizes, capacity_factor: float | None) -> dict[str, Any]:
@@ -65,6 +67,6 @@ def plan_facts(sizes: Sizes, capacity_factor: float | None) -> dict[str, Any]:
         for which, training in (("forward", False), ("gradient", True))
     }
     return {
-        "carrier": {which: plan.carrier for which, plan in plans.items()},
+        "dispatcher": {which: plan.dispatcher for which, plan in plans.items()},
         "predicted": {which: float(plan.overhead) for which, plan in plans.items()},
     }

@@ -2,7 +2,7 @@
 
     python -m benchmarks.run                              # every row, every backend
     python -m benchmarks.run --backend jax torch --rows dropless decode
-    python -m benchmarks.run --rows curve --carriers auto blocks dense --peers
+    python -m benchmarks.run --rows curve --dispatchers auto walk dense --peers
     python -m benchmarks.run --backend jax --rows gpu     # on a GPU, in bfloat16
     python -m benchmarks.run --quick                      # tiny sizes: does everything run?
 
@@ -37,7 +37,7 @@ from benchmarks.results import Store, default_path
 from benchmarks.rows import ROWS, Row, select
 
 # `benchmarks.ours` imports keras_moe, and with it a backend, which this process needs not.
-CARRIERS = ("auto", "blocks", "grouped", "lookup", "dense", "capacity", "einsum")
+DISPATCHERS = ("auto", "walk", "padded_blocks", "grouped", "lookup", "dense", "slots", "einsum")
 _WIDTH = 160
 _QUICK_REPEATS, _QUICK_SECONDS = 3, 0.3
 
@@ -52,12 +52,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="names or groups, see --list")
     parser.add_argument("--list", action="store_true", help="print the rows and stop")
     parser.add_argument(
-        "--carriers",
+        "--dispatchers",
         nargs="+",
-        choices=[*CARRIERS, "all"],
+        choices=[*DISPATCHERS, "all"],
         default=["auto"],
         metavar="CARRIER",
-        help=f"values of MoE(dispatch=) to compare: all, or some of {', '.join(CARRIERS)}",
+        help=f"values of MoE(dispatch=) to compare: all, or some of {', '.join(DISPATCHERS)}",
     )
     parser.add_argument(
         "--peers",
@@ -116,10 +116,12 @@ def command_of(arguments: Sequence[str]) -> str:
 
 
 def options_of(parsed: argparse.Namespace, backend: str) -> Options:
-    carriers = CARRIERS if "all" in parsed.carriers else tuple(dict.fromkeys(parsed.carriers))
+    dispatchers = (
+        DISPATCHERS if "all" in parsed.dispatchers else tuple(dict.fromkeys(parsed.dispatchers))
+    )
     return Options(
         backend=backend,
-        carriers=carriers,
+        dispatchers=dispatchers,
         peers=parsed.peers,
         repeats=min(parsed.repeats, _QUICK_REPEATS) if parsed.quick else parsed.repeats,
         seconds=_QUICK_SECONDS if parsed.quick else parsed.seconds,

@@ -118,7 +118,7 @@ def _title(row: Row, against: str) -> str:
 
 
 def _others(latest: Latest) -> str:
-    """A line per comparison without a target: other carriers, other libraries."""
+    """A line per comparison without a target: other dispatchers, other libraries."""
     body = []
     for row in ROWS:
         what = row.title.rpartition(" / ")[0] or row.title
@@ -129,10 +129,11 @@ def _others(latest: Latest) -> str:
         return ""
     header = ["who", "against", "row", "T, d, h, E, k", *_names(latest)]
     lead = (
-        "Other carriers, and other libraries' layers on the same work: forward / forward+backward. "
+        "Other dispatchers, and other libraries' layers on the same work: forward / "
+        "forward+backward. "
         "Gated layers are compared with a gated dense one; `keras_moe glu` is ours made alike."
     )
-    return _folded("Peers and carriers", lead, _markdown(header, body))
+    return _folded("Peers and dispatchers", lead, _markdown(header, body))
 
 
 def _order(latest: Latest, row: Row, wanted: Any, *fields: str) -> list[tuple[str, ...]]:

@@ -1,4 +1,4 @@
-"""The record that passes from a router to a carrier: who goes where, with which weight."""
+"""The record that passes from a router to a dispatcher: who goes where, with which weight."""
 
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ from keras_moe.types import Tensor
 class Routing(NamedTuple):
     """What a token-choice router decided. A keras tree, so it survives `jit` and `Model`.
 
-    Routers and carriers see flat tokens, `(N, ...)`. A layer called with `return_routing=True`
+    Routers and dispatchers see flat tokens, `(N, ...)`. A layer called with `return_routing=True`
     returns the record with the token axes of its inputs, `(batch, ..., k)`, or `(batch, k)` where
     it routes whole examples.
 

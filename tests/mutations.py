@@ -142,16 +142,16 @@ MUTATIONS = (
     # === Dispatch ===
     Mutation(
         "second choices come before first ones",
-        DISPATCH + "carrier.py",
+        DISPATCH + "dispatcher.py",
         "return ops.reshape(ops.transpose(bins), (-1,))",
         "return ops.reshape(ops.transpose(bins)[::-1], (-1,))",
         (TRAPS, "tests/dispatch"),
     ),
     Mutation(
         "an expert takes one assignment more than it has slots",
-        DISPATCH + "capacity.py",
-        "fits = ops.reshape(bins.position < capacity, (routing.experts.shape[-1], -1))",
-        "fits = ops.reshape(bins.position <= capacity, (routing.experts.shape[-1], -1))",
+        DISPATCH + "plan.py",
+        "is_kept = ops.logical_and(bins.bin_of < num_bins, position < capacity)",
+        "is_kept = ops.logical_and(bins.bin_of < num_bins, position <= capacity)",
         (TRAPS, "tests/dispatch/test_capacity.py"),
     ),
     # === JAX ===

@@ -25,7 +25,7 @@ def case(row: Row, options: Options) -> Case:
     inputs = routed_inputs(sizes, even_shares(sizes.experts))
     facts = load_facts(inputs, sizes)
     hidden = facts["experts_used"] * sizes.hidden
-    layers = ours.contenders(sizes, inputs, options.carriers, row.capacity_factor)
+    layers = ours.contenders(sizes, inputs, options.dispatchers, row.capacity_factor)
     reading = Contender(READING, lambda: references.dense_ffn(sizes.width, hidden), inputs[:1])
     comparisons = [
         Comparison(each.name, READING, row.limits if each.name == OURS else {}) for each in layers

@@ -23,7 +23,7 @@ def case(row: Row, options: Options) -> Case:
     sizes = row.sizes
     inputs = routed_inputs(sizes, even_shares(sizes.experts))
     active = sizes.top_k * sizes.hidden
-    layers = ours.contenders(sizes, inputs, options.carriers, row.capacity_factor)
+    layers = ours.contenders(sizes, inputs, options.dispatchers, row.capacity_factor)
     comparisons = [
         Comparison(each.name, DENSE, row.limits if each.name == OURS else {}) for each in layers
     ]

@@ -1,7 +1,7 @@
 """The parts of a sparse layer, router and experts, each alone over a dense layer.
 
 The experts alone are a batched matmul on rows that are sorted already, as many for each expert: the
-floor of a carrier built on that matmul. What is left of the whole layer's time is sorting,
+floor of a dispatcher built on that matmul. What is left of the whole layer's time is sorting,
 gathering and summing.
 """
 
@@ -42,7 +42,7 @@ def case(row: Row, options: Options) -> Case:
     sizes = row.sizes
     inputs = routed_inputs(sizes, even_shares(sizes.experts))
     active = sizes.top_k * sizes.hidden
-    layers = ours.contenders(sizes, inputs, options.carriers, row.capacity_factor)
+    layers = ours.contenders(sizes, inputs, options.dispatchers, row.capacity_factor)
     parts = [
         Contender(ROUTER, lambda: RouterAlone(ours.moe(sizes)), inputs),
         Contender(EXPERTS, lambda: _bank(sizes), _sorted_rows(sizes)),

@@ -14,14 +14,14 @@ from benchmarks.rows import Row, Sizes
 def compare_sizes(
     row: Row, others: Sizes, name: str, options: Options, passes: Sequence[str]
 ) -> Case:
-    """Ours / ours in `others`, which the table calls `name`, for each carrier."""
+    """Ours / ours in `others`, which the table calls `name`, for each dispatcher."""
     inputs = routed_inputs(row.sizes, even_shares(row.sizes.experts))
     contenders: list[Contender] = []
     comparisons = []
     other_inputs = routed_inputs(others, even_shares(others.experts))
     pairs = zip(
-        ours.contenders(row.sizes, inputs, options.carriers, row.capacity_factor),
-        ours.contenders(others, other_inputs, options.carriers, row.capacity_factor),
+        ours.contenders(row.sizes, inputs, options.dispatchers, row.capacity_factor),
+        ours.contenders(others, other_inputs, options.dispatchers, row.capacity_factor),
         strict=True,
     )
     for layer, other in pairs:
@@ -33,6 +33,6 @@ def compare_sizes(
         **load_facts(inputs, row.sizes),
         **ours.plan_facts(row.sizes, row.capacity_factor),
         "other_sizes": others.label,
-        "other_carrier": ours.plan_facts(others, row.capacity_factor)["carrier"],
+        "other_dispatcher": ours.plan_facts(others, row.capacity_factor)["dispatcher"],
     }
     return Case(contenders, comparisons, passes, facts)

@@ -16,7 +16,7 @@ def case(row: Row, options: Options) -> Case:
     even = routed_inputs(sizes, even_shares(sizes.experts))
     skewed = routed_inputs(sizes, zipf_shares(sizes.experts))
     contenders, comparisons = [], []
-    for layer in ours.contenders(sizes, even, options.carriers, row.capacity_factor):
+    for layer in ours.contenders(sizes, even, options.dispatchers, row.capacity_factor):
         evenly = dataclasses.replace(layer, name=f"{layer.name}, even")
         contenders += [dataclasses.replace(layer, inputs=skewed), evenly]
         limits = row.limits if layer.name == OURS else {}

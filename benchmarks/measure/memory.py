@@ -60,7 +60,7 @@ def measure_in_child(row: str, contender: Contender, which: str, options: Option
         "row": row,
         "contender": contender.name,
         "which": which,
-        "carriers": list(options.carriers),
+        "dispatchers": list(options.dispatchers),
         "quick": options.quick,
     }
     # Large buffers then come from the kernel and go back to it, so the mark counts live ones only.

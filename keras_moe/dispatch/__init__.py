@@ -1,25 +1,28 @@
 """Who carries: moving tokens to their experts and back."""
 
-from keras_moe.dispatch.blocks import BlocksCarrier
-from keras_moe.dispatch.capacity import CapacityCarrier
-from keras_moe.dispatch.carrier import Carrier
-from keras_moe.dispatch.dense import DenseCarrier
-from keras_moe.dispatch.einsum import EinsumCarrier
-from keras_moe.dispatch.expert_choice import ExpertChoiceCarrier
-from keras_moe.dispatch.grouped import GroupedCarrier
-from keras_moe.dispatch.layout import Stage
-from keras_moe.dispatch.lookup import LookupCarrier
-from keras_moe.dispatch.planner import DispatchPlan
+from keras_moe.dispatch.choose import DispatchPlan
+from keras_moe.dispatch.dense import DenseDispatcher
+from keras_moe.dispatch.dispatcher import Dispatcher
+from keras_moe.dispatch.einsum import EinsumDispatcher
+from keras_moe.dispatch.expert_choice import ExpertChoiceDispatcher
+from keras_moe.dispatch.grouped import GroupedDispatcher
+from keras_moe.dispatch.layout import Rows, Stage
+from keras_moe.dispatch.lookup import LookupDispatcher
+from keras_moe.dispatch.padded_blocks import PaddedBlocksDispatcher
+from keras_moe.dispatch.slots import SlotsDispatcher
+from keras_moe.dispatch.walk import WalkDispatcher
 
 __all__ = [
-    "BlocksCarrier",
-    "CapacityCarrier",
-    "Carrier",
-    "DenseCarrier",
+    "DenseDispatcher",
     "DispatchPlan",
-    "EinsumCarrier",
-    "ExpertChoiceCarrier",
-    "GroupedCarrier",
-    "LookupCarrier",
+    "Dispatcher",
+    "EinsumDispatcher",
+    "ExpertChoiceDispatcher",
+    "GroupedDispatcher",
+    "LookupDispatcher",
+    "PaddedBlocksDispatcher",
+    "Rows",
+    "SlotsDispatcher",
     "Stage",
+    "WalkDispatcher",
 ]

@@ -1,4 +1,4 @@
-"""What a carrier is predicted to cost, in rows that the experts could compute in the same time."""
+"""What a dispatcher is predicted to cost, in rows that the experts compute in the same time."""
 
 from typing import NamedTuple
 
@@ -44,7 +44,7 @@ _TILE = 64  # rows per tile of a grouped matmul kernel; half of one is wasted pe
 
 
 def least_cost(num_tokens: int, num_experts: int, top_k: int) -> float:
-    """What any carrier must do: k N rows, and reading the weights of the experts in use once."""
+    """What any dispatcher must do: k N rows, and reading the weights of the experts in use once."""
     read = _PLATFORMS.get(keras.backend.backend(), _PORTABLE).read
     return num_tokens * top_k + read * _expected_busy(num_tokens, num_experts, top_k)
 
@@ -52,7 +52,7 @@ def least_cost(num_tokens: int, num_experts: int, top_k: int) -> float:
 def dropless_costs(
     num_tokens: int, num_experts: int, top_k: int, *, training: bool, is_bank: bool, grouped: bool
 ) -> dict[str, float]:
-    """Predicted cost of each dropless carrier.
+    """Predicted cost of each dropless dispatcher.
 
     Args:
         num_tokens: the tokens N of one call.
@@ -66,14 +66,14 @@ def dropless_costs(
     rows, busy = num_tokens * top_k, _expected_busy(num_tokens, num_experts, top_k)
     waste = min(platform.waste, rows / busy)
     costs = {
-        "blocks": platform.start
+        "walk" if is_bank else "padded_blocks": platform.start
         + rows * (1 + platform.dispatch)
         + busy * (platform.read + platform.copy + waste),
         "dense": num_experts * (num_tokens + platform.read),
     }
     if grouped and is_bank:
         # A walk is a loop with a matmul per step: what an accelerator is worst at.
-        del costs["blocks"]
+        del costs["walk"]
         costs["grouped"] = rows * (1 + platform.dispatch) + busy * (platform.read + _TILE / 2)
     if is_bank and not training:
         costs["lookup"] = rows * (1 + platform.read + platform.lookup * rows)

@@ -1,15 +1,31 @@
 """Experts choose their tokens: a fixed number of slots, each filled with the best that is left."""
 
+from typing import NamedTuple
+
 import keras
 from keras import ops
 
-from keras_moe.dispatch.carrier import Carrier, ExpertBank
+from keras_moe.dispatch.dispatcher import Dispatcher, ExpertBank, needed
 from keras_moe.routing import Routing
 from keras_moe.types import Tensor
 
 
+class ChosenPlacement(NamedTuple):
+    """The tokens that each expert chose.
+
+    Attributes:
+        kept: bool `(N, E)`.
+        source: int32 `(E, groups * C)`, the token in each slot; 0 in an empty one.
+        is_filled: bool `(E, groups * C)`.
+    """
+
+    kept: Tensor
+    source: Tensor
+    is_filled: Tensor
+
+
 @keras.saving.register_keras_serializable(package="keras_moe")
-class ExpertChoiceCarrier(Carrier):
+class ExpertChoiceDispatcher(Dispatcher):
     """Gives every expert the C tokens that weigh it most, of each group: E C rows.
 
     It takes the record of a router that rates all experts, `(N, E)`. A token may be chosen by any
@@ -18,39 +34,49 @@ class ExpertChoiceCarrier(Carrier):
     """
 
     name = "expert_choice"
-    has_capacity = True
+    needs_capacity = True
 
-    def __call__(
+    def place(
         self,
-        tokens: Tensor,
         routing: Routing,
-        experts: ExpertBank,
-        *,
+        num_experts: int,
         capacity: int | Tensor | None = None,
         groups: int | Tensor = 1,
+    ) -> ChosenPlacement:
+        capacity = needed(capacity, self.name)
+        count = ops.shape(routing.weights)[0]
+        if isinstance(count, int) and count == 0:
+            none = ops.zeros((num_experts, 0), dtype="int32")
+            return ChosenPlacement(routing.kept, none, ops.cast(none, "bool"))
+        chosen, is_filled = _choose(routing, num_experts, capacity, groups)
+        source = ops.where(is_filled, chosen, 0)
+        return ChosenPlacement(_as_mask(source, is_filled, count), source, is_filled)
+
+    def run(
+        self,
+        tokens: Tensor,
+        weights: Tensor,
+        placement: ChosenPlacement,
+        experts: ExpertBank,
         training: bool | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        if capacity is None:
-            raise ValueError("The expert choice carrier needs a capacity. Received: None")
+    ) -> Tensor:
+        _, source, is_filled = placement
         num_experts, (count, width) = experts.num_experts, ops.shape(tokens)
         if isinstance(count, int) and count == 0:
             empty = experts(ops.zeros((num_experts, 0, width), dtype=tokens.dtype))
-            return ops.reshape(empty, (0, empty.shape[-1])), routing.kept
-        chosen, is_filled = _choose(routing, num_experts, capacity, groups)
-        source = ops.where(is_filled, chosen, 0)
-
+            return ops.reshape(empty, (0, empty.shape[-1]))
         rows = ops.take(tokens, ops.reshape(source, (-1,)), axis=0)
-        rows = ops.reshape(rows, (num_experts, groups * capacity, width))
+        rows = ops.reshape(rows, (num_experts, ops.shape(source)[1], width))
         outputs = experts(rows, training=training)
         dtype = keras.backend.standardize_dtype(outputs.dtype)
         wide = keras.backend.result_type(dtype, "float32")
-        weights = ops.take_along_axis(ops.transpose(routing.weights), source, axis=1)
+        weights = ops.take_along_axis(ops.transpose(weights), source, axis=1)
         # An empty slot holds some token; where that gives NaN, 0 times it would too.
         outputs = ops.where(is_filled[..., None], ops.cast(outputs, wide), 0.0)
         weighted = outputs * ops.cast(ops.expand_dims(weights, -1), wide)
-        weighted = ops.reshape(weighted, (num_experts * groups * capacity, outputs.shape[-1]))
+        weighted = ops.reshape(weighted, (-1, outputs.shape[-1]))
         sums = ops.segment_sum(weighted, ops.reshape(source, (-1,)), num_segments=count)
-        return ops.cast(sums, dtype), _as_mask(source, is_filled, count)
+        return ops.cast(sums, dtype)
 
 
 def _choose(

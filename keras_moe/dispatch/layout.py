@@ -1,5 +1,6 @@
 """The records that dispatch is made of, and how they are read: bins, slots, layers of experts."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -72,6 +73,25 @@ class Stage(NamedTuple):
     biases: tuple[Tensor, ...]
     activation: Callable[..., Tensor] | None
     scale: Tensor | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Assignments sorted by expert, which a bank applies its experts to: data, and no function.
+
+    Not a tuple: Keras would cast the weights of one to the layer's dtype.
+
+    Attributes:
+        weights: float32 `(N, k)`, the weight of each assignment.
+        slots: assignments sorted by expert, those without an expert, or dropped, last.
+        ends: int32 `(E,)`, where each expert's slots end; the first one's begin at 0.
+        is_grouped: whether the platform's grouped matmul is taken, and no walk.
+    """
+
+    weights: Tensor
+    slots: Slots
+    ends: Tensor
+    is_grouped: bool = False
 
 
 def entries_at(values: Tensor, places: Tensor) -> Tensor:

@@ -3,13 +3,14 @@
 import keras
 from keras import ops
 
-from keras_moe.dispatch.carrier import Carrier, ExpertBank, weighted_sum
+from keras_moe.dispatch.dense import ChoicePlacement
+from keras_moe.dispatch.dispatcher import Dispatcher, ExpertBank, kept_within, weighted_sum
 from keras_moe.routing import Routing
 from keras_moe.types import Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
-class LookupCarrier(Carrier):
+class LookupDispatcher(Dispatcher):
     """Gathers the weights of each token's experts: no sorting, and a copy of an expert per row.
 
     For decoding, where there are fewer assignments than experts. The copies are 2 k N d h numbers,
@@ -18,24 +19,31 @@ class LookupCarrier(Carrier):
 
     name = "lookup"
 
-    def __call__(
+    def place(
         self,
-        tokens: Tensor,
         routing: Routing,
-        experts: ExpertBank,
-        *,
+        num_experts: int,
         capacity: int | Tensor | None = None,
         groups: int | Tensor = 1,
+    ) -> ChoicePlacement:
+        kept = kept_within(routing, num_experts, capacity, groups)
+        return ChoicePlacement(kept, routing.experts)
+
+    def run(
+        self,
+        tokens: Tensor,
+        weights: Tensor,
+        placement: ChoicePlacement,
+        experts: ExpertBank,
         training: bool | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        del capacity, groups
-        count, top_k = ops.shape(tokens)[0], routing.experts.shape[-1]
+    ) -> Tensor:
+        count, top_k = ops.shape(tokens)[0], weights.shape[-1]
         rows = ops.tile(ops.expand_dims(tokens, 1), (top_k, 1, 1))  # choice-major
-        chosen = ops.reshape(ops.transpose(routing.experts), (-1,))
+        chosen = ops.reshape(ops.transpose(placement.experts), (-1,))
         outputs = experts(rows, block_experts=chosen, training=training)
         outputs = ops.reshape(outputs, (top_k, count, outputs.shape[-1]))
-        is_kept = ops.transpose(routing.kept)
         # Padding's expert may give anything, and NaN times 0 is NaN.
-        outputs = ops.where(is_kept[..., None], outputs, ops.zeros_like(outputs))
+        is_kept = ops.expand_dims(ops.transpose(placement.kept), -1)
+        outputs = ops.where(is_kept, outputs, ops.zeros_like(outputs))
         dtype = keras.backend.standardize_dtype(outputs.dtype)
-        return weighted_sum(outputs, ops.transpose(routing.weights), dtype), routing.kept
+        return weighted_sum(outputs, ops.transpose(weights), dtype)

@@ -49,7 +49,7 @@ def check(dtype: str) -> None:
     problem = _problem(keras.backend.backend(), dtype)
     if problem:
         raise ValueError(
-            f"`dispatch='grouped'` cannot be used here: {problem} Use 'auto' or 'blocks'. "
+            f"`dispatch='grouped'` cannot be used here: {problem} Use 'auto' or 'walk'. "
             f"Received: backend={keras.backend.backend()!r}, dtype={dtype!r}"
         )
 

@@ -62,7 +62,7 @@ def _token_of(tokens: Tensor, slots: Slots) -> Tensor:
     return assignment % at_least(ops.shape(tokens)[0], 1)
 
 
-def combine(outputs: Tensor, slots: Slots, weights: Tensor) -> tuple[Tensor, Tensor]:
+def combine(outputs: Tensor, slots: Slots, weights: Tensor) -> Tensor:
     """Brings the slots' outputs back to their tokens and sums them, weighted.
 
     Args:
@@ -71,23 +71,22 @@ def combine(outputs: Tensor, slots: Slots, weights: Tensor) -> tuple[Tensor, Ten
         weights: `(N, k)`, the weight of each assignment.
 
     Returns:
-        The sums `(N, out)`, taken in float32 at least, and the kept assignments, bool `(N, k)`.
+        The sums `(N, out)`, taken in float32 at least.
     """
     top_k = weights.shape[-1]
     total = ops.shape(slots.slot_of)[0]
     source, is_kept = slots_by_choice(slots, top_k)
     if isinstance(total, int) and total == 0:
-        return outputs[:0], ops.transpose(is_kept)
+        return outputs[:0]
     is_filled = slots.assignment < total
     assignment = ops.where(is_filled, slots.assignment, 0)
     token = assignment % at_least(total // top_k, 1)
-    sums = _with_gradient(
+    return _with_gradient(
         _combine,
         _combine_gradient,
         (outputs, weights),
         (token, assignment, is_filled, source, is_kept),
     )
-    return sums, ops.transpose(is_kept)
 
 
 def as_rows(blocks: Tensor) -> Tensor:

@@ -59,15 +59,40 @@ def capacity_slots(bins: Bins, capacity: int | Tensor) -> Slots:
     )
 
 
-def ragged_slots(bins: Bins, padding: int = 0) -> Slots:
-    """Lays bins out one after another with nothing between them, and empty slots at the end."""
+def ragged_slots(
+    bins: Bins, num_experts: int, padding: int = 0, capacity: int | Tensor | None = None
+) -> tuple[Slots, Tensor]:
+    """Lays bins out one after another with nothing between them, and empty slots at the end.
+
+    Args:
+        bins: the sorted assignments, those of an expert's groups one after another.
+        num_experts: the experts E.
+        padding: empty slots behind the last one.
+        capacity: how many assignments a bin keeps, its first ones; None for all.
+
+    Returns:
+        The slots, and where each expert's end, int32 `(E,)`.
+    """
     total, num_bins = ops.shape(bins.order)[0], ops.shape(bins.starts)[0]
-    is_used = ops.arange(total, dtype="int32") < bins.edges[-1]
-    assignment = _where(is_used, bins.order, total)
+    place = ops.arange(total, dtype="int32")
+    if capacity is None:
+        ends, is_kept, slot_of = bins.ends, bins.bin_of < num_bins, bins.rank
+        assignment = _where(place < ends[-1], bins.order, total)
+    else:
+        counts = ops.minimum(bins.counts, as_tensor(capacity, "int32"))
+        ends = ops.cumsum(counts)
+        starts = ends - counts
+        position = bins.position
+        is_kept = ops.logical_and(bins.bin_of < num_bins, position < capacity)
+        slot_of = entries_at(starts, ops.minimum(bins.bin_of, num_bins - 1)) + position
+        bin_at = ops.minimum(_first_above(ends, place), num_bins - 1)
+        rank = place + entries_at(bins.starts - starts, bin_at)
+        assignment = _assignment_at(bins, rank, place < ends[-1])
     if padding:
         empty = ops.zeros((padding,), dtype="int32") + as_tensor(total, "int32")
         assignment = ops.concatenate([assignment, empty])
-    return Slots(assignment, _where(bins.bin_of < num_bins, bins.rank, total + padding))
+    slots = Slots(assignment, _where(is_kept, slot_of, total + padding))
+    return slots, ops.reshape(ends, (num_experts, -1))[:, -1]
 
 
 def block_slots(
@@ -119,4 +144,6 @@ def _assignment_at(bins: Bins, rank: Tensor, is_used: Tensor) -> Tensor:
 
 
 def _where(condition: Tensor, values: Tensor, otherwise: int | Tensor) -> Tensor:
-    return ops.where(condition, values, as_tensor(otherwise, "int32"))
+    if not isinstance(otherwise, int):
+        otherwise = as_tensor(otherwise, "int32")
+    return ops.where(condition, values, otherwise)

@@ -1,8 +1,8 @@
 """The stacked bank of expert networks."""
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 from keras import ops
@@ -11,7 +11,9 @@ from keras_moe import _checks
 from keras_moe._numerics import as_float
 from keras_moe._seeds import SavesSeed
 from keras_moe.constraints import per_expert
-from keras_moe.dispatch import Stage, backend
+from keras_moe.dispatch import backend
+from keras_moe.dispatch.grouped import grouped_walk
+from keras_moe.dispatch.layout import Rows, Stage
 from keras_moe.initializers import PerExpertInitializer
 from keras_moe.layers.naming import name_or_default
 from keras_moe.types import (
@@ -23,8 +25,6 @@ from keras_moe.types import (
     Shape,
     Tensor,
 )
-
-Grouped: TypeAlias = Callable[[Tensor, Callable[[int | Tensor], list[Stage]]], Tensor]
 
 _MANY_ROWS = 512  # from here on a plain matmul per expert beats a batched one on a CPU
 
@@ -65,8 +65,8 @@ class ExpertMLP(SavesSeed):
         inputs: `(E, C, d)`, C rows for each expert, or `(1, C, d)`, rows that all experts read.
             With `block_experts`, `(G, B, d)`: blocks of B rows of one expert each.
         block_experts: Optional int32 `(G,)`, the expert of each block.
-        grouped: Optional function of a carrier, called with the inputs, `(N, d)`, and a function
-            that gives the layers, a list of `keras_moe.dispatch.Stage`, for a number of rows.
+        rows: Optional `keras_moe.dispatch.Rows`, who goes where. The inputs are then tokens
+            `(N, d)`, and the outputs each token's weighted sum `(N, out)`.
         training: Whether dropout is on.
 
     Input shape:
@@ -170,17 +170,19 @@ class ExpertMLP(SavesSeed):
         self,
         inputs: Tensor,
         block_experts: Tensor | None = None,
-        grouped: Grouped | None = None,
+        rows: Rows | None = None,
         training: bool | None = None,
     ) -> Tensor:
         inputs = as_float(inputs, self.compute_dtype)
-        if grouped is not None:
-            return grouped(inputs, lambda count: self._stages_of(count, training))
+        if rows is not None:
+            stages = self._stages_of(ops.shape(rows.slots.assignment)[0], training)
+            walk = grouped_walk if rows.is_grouped else backend.current.walk
+            return walk(inputs, rows, stages)
         if block_experts is None:
             self._check_bank_size(inputs)
             if _is_faster_one_by_one(inputs):
-                rows = ops.squeeze(inputs, axis=0)
-                outputs = [self._run(rows, stages, training) for stages in self._by_expert()]
+                shared = ops.squeeze(inputs, axis=0)
+                outputs = [self._run(shared, stages, training) for stages in self._by_expert()]
                 return ops.stack(outputs)
         return self._run(inputs, self._bank(block_experts), training)
 
@@ -251,12 +253,12 @@ class ExpertMLP(SavesSeed):
         return stages
 
     @property
-    def takes_groups(self) -> bool:
-        """Whether `grouped` can be used: not where the activation is a layer, with weights."""
+    def takes_rows(self) -> bool:
+        """Whether `rows` can be used: not where the activation is a layer, with weights."""
         return not isinstance(self.activation, keras.layers.Layer)
 
     def _stages_of(self, count: int | Tensor, training: bool | None) -> list[Stage]:
-        """The layers as a carrier takes them, with dropout for `count` rows."""
+        """The layers as a walk takes them, with dropout for `count` rows."""
         stages = self._stages()
         if not training or self.seed_generator is None:
             return stages
@@ -282,11 +284,11 @@ class ExpertMLP(SavesSeed):
         self,
         inputs: Tensor,
         block_experts: Tensor | None = None,
-        grouped: Grouped | None = None,
+        rows: Rows | None = None,
         training: bool | None = None,
     ) -> Tensor:
         width = self._widths(inputs.shape[-1])[-1]
-        if grouped is not None:
+        if rows is not None:
             return keras.KerasTensor((inputs.shape[0], width), dtype=self.compute_dtype)
         if block_experts is None:
             self._check_bank_size(inputs)

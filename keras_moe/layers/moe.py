@@ -11,9 +11,8 @@ from keras.src.backend import get_keras_mask
 from keras_moe import _checks, routers
 from keras_moe._exporting import exporting
 from keras_moe._numerics import as_float, slots_per_expert
-from keras_moe.dispatch import Carrier, DispatchPlan, backend, planner
-from keras_moe.dispatch.capacity import kept_by_priority
-from keras_moe.dispatch.ragged import takes_groups
+from keras_moe.dispatch import Dispatcher, DispatchPlan, backend, choose
+from keras_moe.dispatch.dispatcher import kept_by_priority
 from keras_moe.layers.example_routing import kept_examples, pool_examples, spread_over_tokens
 from keras_moe.layers.experts import ExpertMLP
 from keras_moe.layers.feed_forward import (
@@ -89,8 +88,9 @@ class MoE(ExpertFeedForward):
         capacity_group: `"batch"` or `"example"`: whether tokens compete for slots in the whole
             batch or inside their example (which, with inputs `(batch, d)`, is one token with at
             least one slot in every expert). Defaults to `"batch"`.
-        dispatch: `"auto"`, `"blocks"`, `"grouped"`, `"lookup"`, `"dense"`, `"capacity"`,
-            `"einsum"`, a config or a `keras_moe.dispatch.Carrier`. Defaults to `"auto"`.
+        dispatch: `"auto"`, `"walk"`, `"padded_blocks"`, `"grouped"`, `"lookup"`, `"dense"`,
+            `"slots"`, `"einsum"`, a config or a `keras_moe.dispatch.Dispatcher`. Defaults to
+            `"auto"`.
         kernel_initializer: Initializer of one expert's kernels. Defaults to `"glorot_uniform"`.
         bias_initializer: Initializer of one expert's biases. Defaults to `"zeros"`.
         kernel_regularizer: Optional regularizer, called with the experts' stacked kernels.
@@ -241,9 +241,8 @@ class MoE(ExpertFeedForward):
             "z_loss_weight": z_loss_weight,
         }
         self.top_k = self.router.top_k
-        self._dispatch_argument = dispatch
         self._check_router()
-        self.carrier: Carrier = planner.get(
+        self.dispatcher: Dispatcher | None = choose.get(
             dispatch,
             has_capacity=self.capacity_factor is not None,
             chooses_tokens=self.router.chooses_tokens,
@@ -324,7 +323,7 @@ class MoE(ExpertFeedForward):
                 # In the dtype of the model's loss, to which TensorFlow adds no other.
                 self.add_loss(ops.cast(weight * decision.losses[name], keras.config.floatx()))
 
-        outputs, kept = self._carry(tokens, routing, token_axes, training)
+        outputs, kept = self._run_experts(tokens, routing, token_axes, training)
         if training or self._counts_always:
             is_token = self.routing_level == "token"
             asked = decision.kept if is_token else routing.kept
@@ -353,13 +352,15 @@ class MoE(ExpertFeedForward):
         """Returns the router's decision before drops, and what it means for each token."""
         if self.routing_level == "token":
             routing = self.router(tokens, mask=mask, training=training, **more)
-            routing = self.router.by_sequence(routing, token_axes[0], mask)
-            return self.router.before_drops(routing, mask), routing
+            if self.router.loss_weights.get("sequence_balance"):
+                routing = self.router.by_sequence(routing, token_axes[0], mask)
+            asked = self.router.before_drops(routing, mask) if self.router.has_capacity else routing
+            return asked, routing
         pooled, example_mask = pool_examples(tokens, mask, token_axes)
         decision = self.router(pooled, mask=example_mask, training=training)
         return decision, spread_over_tokens(decision, mask, token_axes)
 
-    def _carry(
+    def _run_experts(
         self, tokens: Tensor, routing: Routing, token_axes: Any, training: bool | None
     ) -> tuple[Tensor, Tensor]:
         """Returns the experts' weighted sums and the kept assignments."""
@@ -369,21 +370,16 @@ class MoE(ExpertFeedForward):
         if priority is not None:
             kept = kept_by_priority(routing, priority, self.num_experts, capacity, groups)
             routing = routing._replace(kept=kept)  # now all fit, in any order
+        count, top_k = ops.shape(routing.experts)
+        sizes = self._sizes(count, top_k, capacity, groups, training)
+        dispatcher = choose.choose(self.dispatcher, self.experts, sizes)
+        placement = dispatcher.place(routing, self.num_experts, capacity, groups)
 
         # Of numbers with gradients only, as all backends can recompute it.
-        def carry(tokens: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-            outputs, kept = self.carrier(
-                tokens,
-                routing._replace(weights=weights),
-                self.experts,
-                capacity=capacity,
-                groups=groups,
-                training=training,
-            )
-            return outputs, ops.cast(kept, "float32")
+        def run(tokens: Tensor, weights: Tensor) -> Tensor:
+            return dispatcher.run(tokens, weights, placement, self.experts, training)
 
-        outputs, kept = self._recomputed(carry)(tokens, routing.weights)
-        return outputs, ops.cast(kept, "bool")
+        return self._recomputed(run)(tokens, routing.weights), placement.kept
 
     def _capacity(self, token_axes: Any, training: bool | None) -> int | Tensor | None:
         """C = ceil(capacity_factor k N / E), at most N since no token needs an expert twice."""
@@ -440,7 +436,7 @@ class MoE(ExpertFeedForward):
         self._counts.reset()
 
     def dispatch_plan(self, n_tokens: int, training: bool = True) -> DispatchPlan:
-        """Says which carrier would take `n_tokens` tokens, at which cost, and why.
+        """Says which dispatcher would take `n_tokens` tokens, at which cost, and why.
 
         Args:
             n_tokens: Positive integer, the tokens of one call.
@@ -448,15 +444,23 @@ class MoE(ExpertFeedForward):
         """
         count = _checks.positive_int("n_tokens", n_tokens)
         capacity = self._capacity((1, count), training)
-        return planner.plan(
-            self.carrier,
-            count,
-            self.num_experts,
-            self.router.experts_per_token,
-            slots=0 if capacity is None else capacity * self.num_experts,
-            is_bank=takes_groups(self.experts),
+        sizes = self._sizes(count, self.router.experts_per_token, capacity, 1, training)
+        return choose.plan(self.dispatcher, self.experts, sizes)
+
+    def _sizes(
+        self,
+        count: int | Tensor,
+        top_k: int,
+        capacity: int | Tensor | None,
+        groups: int | Tensor,
+        training: bool | None,
+    ) -> choose.Sizes:
+        return choose.Sizes(
+            tokens=count,
+            top_k=top_k,
+            slots=None if capacity is None else self.num_experts * groups * capacity,
             dtype=self.compute_dtype,
-            training=training,
+            training=bool(training),
         )
 
     # === Keras ===
@@ -478,13 +482,10 @@ class MoE(ExpertFeedForward):
         return outputs, self.router.routing_spec(leading)
 
     def get_config(self) -> Config:
-        router, dispatch = (
-            argument if isinstance(argument, str) else config_of(current)
-            for argument, current in (
-                (self._router_argument, self.router),
-                (self._dispatch_argument, self.carrier),
-            )
-        )
+        is_named = isinstance(self._router_argument, str)
+        router = self._router_argument if is_named else config_of(self.router)
+        chooses_tokens = self.router.chooses_tokens
+        dispatch = "auto" if chooses_tokens else choose.config_of(self.dispatcher)
         return {
             **super().get_config(),
             **self._router_arguments,

@@ -12,13 +12,14 @@ from keras_moe._sizes import as_tensor, at_least
 from keras_moe.types import Tensor
 
 
-def token_count(tokens: Tensor, mask: Tensor | None) -> Tensor:
-    """The number of real tokens as a float32 scalar, at least 1 so that it can be divided by."""
-    if mask is None:
-        count = as_tensor(ops.shape(tokens)[0], "float32")
-    else:
-        count = ops.sum(ops.cast(mask, "float32"))
-    return ops.maximum(count, 1.0)
+def token_count(tokens: Tensor, mask: Tensor | None) -> float | Tensor:
+    """The number of real tokens, at least 1 so that it can be divided by: a number, or float32."""
+    if mask is not None:
+        return ops.maximum(ops.sum(ops.cast(mask, "float32")), 1.0)
+    count = ops.shape(tokens)[0]
+    if isinstance(count, int):
+        return float(max(count, 1))
+    return ops.maximum(as_tensor(count, "float32"), 1.0)
 
 
 def masked_sum(values: Tensor, mask: Tensor | None) -> Tensor:

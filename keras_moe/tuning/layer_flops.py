@@ -65,7 +65,7 @@ def find_rule(layer: keras.layers.Layer) -> tuple[Callable[..., int] | None, boo
 
 @layer_flops.register
 def _moe_flops(layer: layers.MoE, inputs: Any, **_: Any) -> int:
-    """Router, k of E experts and shared experts, whatever the carrier, capacity or padding."""
+    """Router, k of E experts and shared experts, whatever the dispatcher, capacity or padding."""
     check_sizes(inputs)
     *token_axes, width = inputs.shape
     tokens = math.prod(token_axes)

@@ -11,7 +11,7 @@ import pytest
 from keras import ops
 
 from keras_moe import layers
-from keras_moe.dispatch import Stage, backend
+from keras_moe.dispatch import Rows, Stage, backend
 from keras_moe.dispatch.backend import portable
 from keras_moe.dispatch.plan import ragged_slots, sort_into_bins
 from tests import helpers
@@ -46,13 +46,13 @@ def test_the_portable_walk_is_the_walk(choices):
     bin_of = np.array(choices, "int32").T.reshape(-1)
     padding = backend.current.row_padding(6, 4)
     bins = sort_into_bins(ops.convert_to_tensor(bin_of), 4)
-    slots = ragged_slots(bins, padding)
+    slots, ends = ragged_slots(bins, 4, padding)
     tensor = ops.convert_to_tensor
     stages = [
         Stage((tensor(kernel),), (tensor(bias),), activation)
         for kernel, bias, activation in zip(kernels, biases, [ops.tanh, None], strict=True)
     ]
-    arguments = tensor(tokens), tensor(weights), slots, bins.ends, stages
+    arguments = tensor(tokens), Rows(tensor(weights), slots, ends), stages
     found = [ops.convert_to_numpy(m.walk(*arguments)) for m in (portable, backend.current)]
     expected = np.zeros((3, 5))
     for token, experts in enumerate(choices):

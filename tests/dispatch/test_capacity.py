@@ -12,8 +12,7 @@ from keras import ops
 
 from keras_moe import layers
 from keras_moe._numerics import slots_per_expert
-from keras_moe.dispatch import backend, costs
-from keras_moe.dispatch.blocks import BlocksCarrier
+from keras_moe.dispatch import WalkDispatcher, backend, costs
 from tests import helpers
 
 SLOTS, WALK = float("inf"), 0.0
@@ -23,13 +22,13 @@ SLOTS, WALK = float("inf"), 0.0
 def taken(monkeypatch):
     """How often the walk was taken."""
     calls = []
-    call = BlocksCarrier.__call__
+    place = WalkDispatcher.place
 
     def spy(self, *args, **kwargs):
         calls.append(self.name)
-        return call(self, *args, **kwargs)
+        return place(self, *args, **kwargs)
 
-    monkeypatch.setattr(BlocksCarrier, "__call__", spy)
+    monkeypatch.setattr(WalkDispatcher, "place", spy)
     return calls
 
 

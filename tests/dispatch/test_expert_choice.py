@@ -90,7 +90,7 @@ def test_loads_are_equal_and_counted():
     counts = layer.running_counts()
     assert (counts["assignments"], counts["dropped"]) == (2 * 64, 0)
     plan = layer.dispatch_plan(64)
-    assert (plan.carrier, plan.overhead) == ("expert_choice", 1.0)
+    assert (plan.dispatcher, plan.overhead) == ("expert_choice", 1.0)
     assert plan.reason == "experts choose their tokens: 128 slots in all"
 
 
@@ -108,7 +108,7 @@ def test_a_bad_token_is_chosen_by_nobody():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"dispatch": "blocks"}, "`dispatch` must be 'auto' where experts choose their tokens"),
+        ({"dispatch": "walk"}, "`dispatch` must be 'auto' where experts choose their tokens"),
         ({"routing_level": "example"}, "`routing_level` must be 'token' where experts choose"),
         ({"top_k": 9}, "`top_k` must be an integer between 1 and num_experts=4"),
     ],

@@ -143,7 +143,7 @@ def test_block_slots(case, block_size):
 @pytest.mark.parametrize("block_size", [1, 3, 8])
 def test_blocks_needed_is_tight(num_bins, block_size):
     """Some counts need just as many blocks as are reserved, none needs more."""
-    from keras_moe.dispatch.blocks import blocks_needed
+    from keras_moe.dispatch.padded_blocks import blocks_needed
 
     for total in range(1, 12):
         most = max(

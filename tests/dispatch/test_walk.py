@@ -9,7 +9,7 @@ from keras import ops
 
 from keras_moe.dispatch import backend, native
 from keras_moe.dispatch.grouped import run_stages
-from keras_moe.dispatch.layout import Slots, Stage
+from keras_moe.dispatch.layout import Rows, Slots, Stage
 
 NAME = keras.backend.backend()
 WIDTHS = (6, 5, 4)  # of no multiple of anything
@@ -41,7 +41,7 @@ def walk(rows, ends, stages, total, weights=None):
     assignment = np.where(everything < total, everything, total)
     slots = Slots(*map(ops.convert_to_tensor, (assignment, everything[:total])))
     weights = ops.ones((total, 1), dtype="float32") if weights is None else weights
-    outputs = module.walk(rows[:total], weights, slots, ends, stages)
+    outputs = module.walk(rows[:total], Rows(weights, slots, ends), stages)
     return ops.pad(outputs, ((0, rows.shape[0] - total), (0, 0)))
 
 
@@ -239,7 +239,7 @@ def test_what_is_not_finite_stays_with_its_expert_under_xla(under_xla):
 @pytest.mark.skipif(NAME == "tensorflow", reason="TensorFlow has no grouped matmul")
 @pytest.mark.parametrize("loads", ["few", "ragged", "one_takes_all"])
 def test_the_native_way(loads):
-    Problem(LOADS[loads], True, True, True).check(run_stages)
+    Problem(LOADS[loads], True, True, True).check(lambda *arguments: run_stages(*arguments[:3]))
 
 
 def test_what_is_not_finite_stays_with_its_expert():
@@ -259,7 +259,7 @@ def check_finite_elsewhere(compiled=lambda function: function):
 
 def test_nobodys_slots_give_no_slope():
     """The token that fills them may have any gradient; an assignment without expert has none."""
-    carry, padding = backend.current.walk, backend.current.row_padding(3, 1)
+    apply, padding = backend.current.walk, backend.current.row_padding(3, 1)
     assignment = np.array([0, 1, 3] + [3] * padding, "int32")
     slot_of = np.array([0, 1, 3 + padding], "int32")
     slots = Slots(*map(ops.convert_to_tensor, (assignment, slot_of)))
@@ -270,7 +270,7 @@ def test_nobodys_slots_give_no_slope():
 
     def objective(tensors):
         tokens, weights, kernel = tensors
-        outputs = carry(tokens, weights, slots, ends, [Stage((kernel,), (), None)])
+        outputs = apply(tokens, Rows(weights, slots, ends), [Stage((kernel,), (), None)])
         return ops.sum(outputs * direction)
 
     tensors = [ops.ones(shape, dtype="float32") for shape in ((3, 4), (3, 1), (1, 4, 4))]
@@ -319,7 +319,7 @@ class TestNative:
 
         native._problem.cache_clear()
         monkeypatch.setattr(backend.current, "grouped_matmul", broken)
-        with pytest.raises(ValueError, match=r"fails with RuntimeError: no kernel image.*'blocks'"):
+        with pytest.raises(ValueError, match=r"fails with RuntimeError: no kernel image.*'walk'"):
             native.check("float32")
         native._problem.cache_clear()
 

@@ -50,10 +50,10 @@ CASES = {
                 "registered_name": "keras_moe>TopKRouter",
             },
             "dispatch": {
-                "module": "keras_moe.dispatch.blocks",
-                "class_name": "BlocksCarrier",
+                "module": "keras_moe.dispatch.padded_blocks",
+                "class_name": "PaddedBlocksDispatcher",
                 "config": {"block_size": 3},
-                "registered_name": "keras_moe>BlocksCarrier",
+                "registered_name": "keras_moe>PaddedBlocksDispatcher",
             },
         },
         5,

@@ -10,7 +10,7 @@ import pytest
 from keras import ops
 
 from keras_moe import exporting, layers
-from keras_moe.dispatch import BlocksCarrier
+from keras_moe.dispatch import PaddedBlocksDispatcher
 from tests.helpers import randomize_weights
 
 BACKEND = keras.backend.backend()
@@ -18,8 +18,8 @@ D = 6
 ALIKE = {"activation": "relu"}  # which every format has
 LAYERS = {
     "auto": lambda: layers.MoE(8, 8, **ALIKE),
-    "blocks": lambda: layers.MoE(4, 8, dispatch="blocks", **ALIKE),
-    "padded blocks": lambda: layers.MoE(4, 8, dispatch=BlocksCarrier(4), **ALIKE),
+    "walk": lambda: layers.MoE(4, 8, dispatch="walk", **ALIKE),
+    "padded blocks": lambda: layers.MoE(4, 8, dispatch=PaddedBlocksDispatcher(4), **ALIKE),
     "dense": lambda: layers.MoE(4, 8, dispatch="dense", **ALIKE),
     "lookup": lambda: layers.MoE(4, 8, dispatch="lookup", **ALIKE),
     "capacity": lambda: layers.MoE(4, 8, capacity_factor=0.7, **ALIKE),
@@ -129,7 +129,7 @@ def test_operations_that_formats_have(name):
 def test_the_context_takes_the_loop_away():
     """The default dispatch is a loop; inside of `exporting` it gives the same without one."""
     layer = layers.MoE(8, 8, **ALIKE)
-    assert layer.dispatch_plan(4096).carrier == "blocks"
+    assert layer.dispatch_plan(4096).dispatcher == "walk"
     x = np.random.default_rng(0).normal(size=(40, D)).astype("float32")
     outside = ops.convert_to_numpy(layer(x))
     with exporting():

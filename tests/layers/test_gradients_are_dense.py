@@ -7,7 +7,7 @@ import pytest
 from keras_moe import layers
 
 BANKS = {
-    "blocks": lambda: layers.MoE(4, 8),
+    "walk": lambda: layers.MoE(4, 8),
     "glu": lambda: layers.MoE(4, 8, experts="glu", num_shared_experts=1),
     "capacity": lambda: layers.MoE(4, 8, capacity_factor=1.0),
     "soft": lambda: layers.SoftMoE(4, 8),

@@ -51,7 +51,7 @@ everywhere = pytest.mark.every_backend
 
 
 @pytest.mark.one_backend("PyTorch alone leaves gradients out")
-@pytest.mark.parametrize("dispatch", ["blocks", "lookup"])
+@pytest.mark.parametrize("dispatch", ["walk", "lookup"])
 @pytest.mark.parametrize("bank", BANKS)
 @pytest.mark.parametrize(
     "optimizer", [pytest.param("accumulation", marks=everywhere), "momentum", "decay"]
@@ -65,7 +65,7 @@ def test_trains_as_if_all_experts_were_computed(optimizer, bank, dispatch):
 
 
 @pytest.mark.parametrize("bank", BANKS)
-@pytest.mark.parametrize("dispatch", ["auto", "blocks", "lookup", "dense"])
+@pytest.mark.parametrize("dispatch", ["auto", "walk", "lookup", "dense"])
 def test_every_weight_has_a_gradient(bank, dispatch):
     """Also where the batch is empty, and where it goes to one expert."""
     if keras.backend.backend() != "torch":

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from keras_moe import layers, routers
-from keras_moe.dispatch import BlocksCarrier
+from keras_moe.dispatch import PaddedBlocksDispatcher
 from tests.contract import Block, Subclassed, arrays, tokens
 
 D = 6
 DISPATCH = {
-    "blocks": {"dispatch": "blocks"},
-    "padded blocks": {"dispatch": BlocksCarrier(4)},
+    "walk": {"dispatch": "walk"},
+    "padded blocks": {"dispatch": PaddedBlocksDispatcher(4)},
     "blocks of Keras layers": {"experts": keras.layers.Dense(D), "hidden_dim": None},
     "dense": {"dispatch": "dense"},
     "lookup": {"dispatch": "lookup"},

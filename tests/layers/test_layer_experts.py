@@ -1,11 +1,11 @@
-"""Any Keras layer as an expert, through every carrier."""
+"""Any Keras layer as an expert, through every dispatcher."""
 
 import keras
 import numpy as np
 import pytest
 
 from keras_moe import layers
-from keras_moe.dispatch import BlocksCarrier
+from keras_moe.dispatch import PaddedBlocksDispatcher
 from tests.contract import arrays, run
 
 D = 6
@@ -25,15 +25,15 @@ def tokens(count=21, seed=0):
     return np.random.default_rng(seed).normal(size=(count, D)).astype("float32")
 
 
-CARRIERS = {
-    "blocks": {"dispatch": BlocksCarrier(4)},
+DISPATCHERS = {
+    "walk": {"dispatch": PaddedBlocksDispatcher(4)},
     "capacity": {"capacity_factor": 3.0},
     "dense": {"dispatch": "dense"},
 }
-carriers = pytest.mark.parametrize("arguments", CARRIERS.values(), ids=CARRIERS.keys())
+dispatchers = pytest.mark.parametrize("arguments", DISPATCHERS.values(), ids=DISPATCHERS.keys())
 
 
-@carriers
+@dispatchers
 def test_equals_the_plain_sum_over_chosen_experts(arguments):
     """Different kinds of networks side by side, each called by hand on the tokens it got."""
     experts = [network(), keras.layers.Dense(D, activation="relu"), network()]
@@ -48,7 +48,7 @@ def test_equals_the_plain_sum_over_chosen_experts(arguments):
     assert len(np.unique(chosen)) == 3
 
 
-@carriers
+@dispatchers
 def test_fit_trains_every_expert(arguments):
     layer, x = layers.MoE(3, experts=network(), **arguments), tokens(48)
     inputs = keras.Input((D,))
@@ -62,7 +62,7 @@ def test_fit_trains_every_expert(arguments):
     assert all(np.abs(b - a).max() > 1e-6 for a, b in zip(after, before, strict=True))
 
 
-@carriers
+@dispatchers
 def test_dropout_is_on_in_training_only(arguments):
     layer, x = layers.MoE(3, experts=network(dropout=0.5), **arguments), tokens()
     evaluated = [arrays(run(layer, x, training=False))[0] for _ in range(2)]
@@ -75,7 +75,7 @@ def test_dropout_is_on_in_training_only(arguments):
 def test_blocks_of_one_expert_get_masks_of_their_own():
     """Equal tokens in different blocks of the only expert that is used."""
     experts = keras.Sequential([keras.layers.Dropout(0.5)])
-    layer = layers.MoE(2, experts=experts, top_k=1, dispatch=BlocksCarrier(4))
+    layer = layers.MoE(2, experts=experts, top_k=1, dispatch=PaddedBlocksDispatcher(4))
     x = np.ones((8, D), "float32")
     dropped = arrays(run(layer, x, training=True))[0] == 0
     assert dropped.any()
@@ -110,7 +110,7 @@ def test_mixed_precision_reaches_the_experts():
     assert all(v.dtype == "float32" for v in layer.trainable_variables)
 
 
-@carriers
+@dispatchers
 def test_a_layer_without_a_gradient_at_zero_keeps_finite_gradients(arguments):
     """Empty slots must not hold zero rows: zero times the NaN slope of a norm is NaN."""
     experts = keras.Sequential([keras.layers.Dense(D), keras.layers.UnitNormalization()])
@@ -135,7 +135,7 @@ class Residual(keras.layers.Layer):
         return inputs + self.out(self.hidden(inputs))
 
 
-@carriers
+@dispatchers
 def test_a_custom_layer_with_call_only(arguments):
     layer = layers.MoE(3, experts=[Residual() for _ in range(3)], **arguments)
     assert tuple(layer(keras.Input((5, D))).shape) == (None, 5, D)

@@ -1,4 +1,4 @@
-"""Every layer and carrier compiles for TPU and CUDA, forward and backward, without the hardware."""
+"""Every layer and dispatcher compiles for TPU and CUDA, both ways, without the hardware."""
 
 import keras
 import pytest
@@ -6,8 +6,8 @@ import pytest
 from keras_moe import layers
 
 CASES = {
-    "blocks": lambda: layers.MoE(8, 16, dispatch="blocks"),
-    "blocks_glu": lambda: layers.MoE(8, 16, experts="glu", dropout=0.1, dispatch="blocks"),
+    "walk": lambda: layers.MoE(8, 16, dispatch="walk"),
+    "walk_glu": lambda: layers.MoE(8, 16, experts="glu", dropout=0.1, dispatch="walk"),
     "grouped": lambda: layers.MoE(8, 16, dispatch="grouped"),
     "capacity": lambda: layers.MoE(8, 16, capacity_factor=1.25),
     "einsum": lambda: layers.MoE(8, 16, capacity_factor=1.25, dispatch="einsum"),

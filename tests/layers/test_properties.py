@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keras_moe import layers, routers
-from keras_moe.dispatch import BlocksCarrier
+from keras_moe.dispatch import PaddedBlocksDispatcher
 from tests import helpers
 
 few = settings(deadline=None, max_examples=10, derandomize=True)
@@ -39,15 +39,15 @@ masks = st.integers(0, 2 ** (B * S) - 1)
 
 
 @pytest.mark.parametrize("experts", ["mlp", "glu"])
-def test_carriers_agree(experts):
+def test_dispatchers_agree(experts):
     """Blocks of any size, all experts, and a capacity that holds everything: the same numbers."""
-    carriers = [
+    dispatchers = [
         {"dispatch": "dense"},
-        {"dispatch": BlocksCarrier(block_size=3)},
+        {"dispatch": PaddedBlocksDispatcher(block_size=3)},
         {"capacity_factor": E / 2},
     ]
     calls = []
-    for arguments in carriers:
+    for arguments in dispatchers:
         layer = make(layers.MoE(E, 6, experts=experts, output_dim=3, **arguments))
         calls.append(helpers.Differentiable(layer))
 
@@ -65,7 +65,7 @@ def test_carriers_agree(experts):
     check()
 
 
-@pytest.mark.parametrize("dispatch", ["blocks", "dense"])
+@pytest.mark.parametrize("dispatch", ["walk", "dense"])
 def test_permuting_tokens_permutes_outputs(dispatch):
     layer = make(layers.MoE(E, 6, dispatch=dispatch, num_shared_experts=1), (None, D))
     call = helpers.Callable(layer)
@@ -82,9 +82,9 @@ def test_permuting_tokens_permutes_outputs(dispatch):
 
 
 LAYERS = {
-    "moe_blocks": lambda: layers.MoE(E, 6, dispatch="blocks", num_shared_experts=1),
-    "moe_dense_carrier": lambda: layers.MoE(E, 6, dispatch="dense"),
-    "moe_example": lambda: layers.MoE(E, 6, dispatch="blocks", routing_level="example"),
+    "moe_walk": lambda: layers.MoE(E, 6, dispatch="walk", num_shared_experts=1),
+    "moe_dense_dispatcher": lambda: layers.MoE(E, 6, dispatch="dense"),
+    "moe_example": lambda: layers.MoE(E, 6, dispatch="walk", routing_level="example"),
     "moe_capacity": lambda: layers.MoE(E, 6, capacity_factor=2.5),
     "moe_dense_router": lambda: layers.MoE(3, 6, router="dense"),
     "soft_moe": lambda: layers.SoftMoE(3, 6, slots_per_expert=2),
@@ -192,10 +192,10 @@ def test_balance_is_one_at_perfect_balance(num_experts, top_k):
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"dispatch": "blocks"},
+        {"dispatch": "walk"},
         {"dispatch": "dense"},
         {"capacity_factor": 0.6, "capacity_group": "example"},
-        {"routing_level": "example", "dispatch": "blocks"},
+        {"routing_level": "example", "dispatch": "walk"},
     ],
     ids=lambda arguments: "-".join(map(str, arguments.values())),
 )

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 
-from keras_moe import layers
+from keras_moe import layers, routers
 from tests import helpers
 
 D = 6
@@ -63,12 +63,31 @@ def test_changes_nothing_but_memory(make):
     ],
 )
 def test_only_experts_are_computed_again(monkeypatch, mode, expected):
-    recomputed, remat = [], keras.remat
-    monkeypatch.setattr(keras, "remat", lambda f: recomputed.append(f) or remat(f))
+    inside, called, remat = [], {"TopKRouter": [], "ExpertMLP": []}, keras.remat
+
+    def noted(function):
+        def run(*args):
+            inside.append(True)
+            try:
+                return function(*args)
+            finally:
+                inside.pop()
+
+        return remat(run)
+
+    monkeypatch.setattr(keras, "remat", noted)
+    for kind in (routers.TopKRouter, layers.ExpertMLP):
+
+        def call(self, *args, kind=kind, call=kind.call, **kwargs):
+            called[kind.__name__].append(len(inside))
+            return call(self, *args, **kwargs)
+
+        monkeypatch.setattr(kind, "call", call)
     with keras.RematScope(**mode):
         layer = layers.MoE(4, 8, name="mixture")
     layer(keras.ops.ones((3, D)), training=True)
-    assert [function.__name__ for function in recomputed] == ["carry"] * expected
+    assert set(called["TopKRouter"]) == {0}
+    assert set(called["ExpertMLP"]) == {expected}
 
 
 def test_dropout_is_not_drawn_again(monkeypatch):

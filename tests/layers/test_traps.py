@@ -11,8 +11,8 @@ from keras_moe import layers, routers
 from tests import helpers
 
 D = 4
-CARRIERS = {  # none of which drops anything
-    "blocks": {"dispatch": "blocks"},
+DISPATCHERS = {  # none of which drops anything
+    "walk": {"dispatch": "walk"},
     "dense": {"dispatch": "dense"},
     "capacity": {"capacity_factor": 9.0},
 }
@@ -291,13 +291,13 @@ def test_nothing_is_random_at_eval(name):
 # === Gates ===
 
 
-@pytest.mark.parametrize("carrier", CARRIERS)
+@pytest.mark.parametrize("dispatcher", DISPATCHERS)
 @pytest.mark.parametrize("top_k", [1, 2])
-def test_gate_is_applied_once(carrier, top_k):
+def test_gate_is_applied_once(dispatcher, top_k):
     """The keras.io Switch example multiplies by the gate in dispatch and in combine."""
     router = routers.TopKRouter(3, top_k, normalize=False)
     layer = make(
-        layers.MoE(3, D, router=router, activation=None, use_bias=False, **CARRIERS[carrier])
+        layers.MoE(3, D, router=router, activation=None, use_bias=False, **DISPATCHERS[dispatcher])
     )
     make_identity_experts(layer)
     x = tokens(7)
@@ -343,7 +343,7 @@ SIGMOID_LOSSES = {"sequence_balance": 1.0, "z_loss": 0.0}
 # === Gradients that are not NaN ===
 
 FINITE = {
-    "moe_blocks": lambda: layers.MoE(3, 5, dispatch="blocks"),
+    "moe_walk": lambda: layers.MoE(3, 5, dispatch="walk"),
     "moe_capacity": lambda: layers.MoE(3, 5, capacity_factor=1.0, experts="glu"),
     "moe_example": lambda: layers.MoE(3, 5, routing_level="example", dispatch="dense"),
     "soft_moe": lambda: layers.SoftMoE(3, 5, slots_per_expert=2),
@@ -501,13 +501,13 @@ def test_router_stays_float32(policy):
 @pytest.mark.parametrize(
     ("policy", "step"), [("mixed_bfloat16", 2.0**-4), ("mixed_float16", 2.0**-7)]
 )
-@pytest.mark.parametrize("carrier", CARRIERS)
-def test_sums_over_k_are_float32(policy, step, carrier):
+@pytest.mark.parametrize("dispatcher", DISPATCHERS)
+def test_sums_over_k_are_float32(policy, step, dispatcher):
     """Eight terms of 1 + step / 9 and one of -8: what is left lies below the compute dtype's ulp.
 
     The experts' outputs 9 + step and -72 are exact in it, their products with the gate 1/9 not.
     """
-    layer = layers.MoE(9, 2, router="dense", dtype=policy, **CARRIERS[carrier])
+    layer = layers.MoE(9, 2, router="dense", dtype=policy, **DISPATCHERS[dispatcher])
     layer.build((None, D))
     for variable in layer.trainable_variables:
         variable.assign(np.zeros(variable.shape, "float32"))  # gates are 1/9, experts their bias
@@ -578,10 +578,10 @@ def test_the_tolerance_can_fail(path):
 # === Bad tokens ===
 
 
-@pytest.mark.parametrize("carrier", CARRIERS)
-def test_bad_token_stays_in_its_row(carrier):
+@pytest.mark.parametrize("dispatcher", DISPATCHERS)
+def test_bad_token_stays_in_its_row(dispatcher):
     """A NaN times a gate of 0 is NaN: one-hot dispatch spreads it over the batch."""
-    layer = make(layers.MoE(4, 5, num_shared_experts=1, **CARRIERS[carrier]))
+    layer = make(layers.MoE(4, 5, num_shared_experts=1, **DISPATCHERS[dispatcher]))
     call = helpers.Callable(layer)
     x = tokens(9)
     expected, _ = call(x)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from keras_moe import layers, routers
-from keras_moe.dispatch import BlocksCarrier
+from keras_moe.dispatch import PaddedBlocksDispatcher
 from tests import helpers
 from tests.oracle import expert_mlp, mmoe, moe, soft_moe
 
@@ -127,55 +127,58 @@ def check_moe(
     return layer, expected
 
 
-CARRIERS = {
-    "blocks": {"dispatch": "blocks"},
-    "blocks_of_1": {"dispatch": BlocksCarrier(block_size=1)},
-    "blocks_of_3": {"dispatch": BlocksCarrier(block_size=3)},
-    "blocks_of_8": {"dispatch": BlocksCarrier(block_size=8)},
+DISPATCHERS = {
+    "walk": {"dispatch": "walk"},
+    "blocks_of_1": {"dispatch": PaddedBlocksDispatcher(block_size=1)},
+    "blocks_of_3": {"dispatch": PaddedBlocksDispatcher(block_size=3)},
+    "blocks_of_8": {"dispatch": PaddedBlocksDispatcher(block_size=8)},
     "dense": {"dispatch": "dense"},
     "lookup": {"dispatch": "lookup"},
     "grouped": {"dispatch": "grouped"},
     "einsum_0.5": {"capacity_factor": 0.5, "dispatch": "einsum"},
     "capacity_0.5": {"capacity_factor": 0.5},
     "capacity_1.0": {"capacity_factor": 1.0},
-    "capacity_1.25": {"capacity_factor": 1.25, "dispatch": "capacity"},
+    "capacity_1.25": {"capacity_factor": 1.25, "dispatch": "slots"},
 }
 if keras.backend.backend() == "tensorflow":
-    del CARRIERS["grouped"]  # it has none; tests/dispatch/test_native.py
-MAIN_CARRIERS = ["blocks", "dense", "capacity_1.0"]
+    del DISPATCHERS["grouped"]  # it has none; tests/dispatch/test_native.py
+MAIN_DISPATCHERS = ["walk", "dense", "capacity_1.0"]
 
 
-def carried(name):
-    """Constructor arguments of a carrier, and what the oracle must know of it."""
-    arguments = dict(CARRIERS[name])
+def dispatched(name):
+    """Constructor arguments of a dispatcher, and what the oracle must know of it."""
+    arguments = dict(DISPATCHERS[name])
     return arguments, {
         key: arguments[key] for key in ("capacity_factor", "capacity_group") if key in arguments
     }
 
 
 @pytest.mark.parametrize(
-    ("carrier", "top_k"),
-    [*((carrier, 2) for carrier in CARRIERS), *((c, k) for k in (1, 3) for c in MAIN_CARRIERS)],
+    ("dispatcher", "top_k"),
+    [
+        *((dispatcher, 2) for dispatcher in DISPATCHERS),
+        *((c, k) for k in (1, 3) for c in MAIN_DISPATCHERS),
+    ],
 )
-def test_moe_top_k(carrier, top_k):
-    arguments, settings = carried(carrier)
+def test_moe_top_k(dispatcher, top_k):
+    arguments, settings = dispatched(dispatcher)
     arguments |= {"num_experts": 5, "hidden_dim": 6, "top_k": top_k}
     _, result = check_moe(arguments, {"top_k": top_k, **settings}, seed=top_k)
-    if carrier.endswith("_0.5"):
+    if dispatcher.endswith("_0.5"):
         assert not result.kept.all()
 
 
-@pytest.mark.parametrize(("carrier", "top_k"), [("blocks", 3), ("dense", 1), ("capacity_1.0", 3)])
-def test_moe_not_normalized(carrier, top_k):
-    arguments, settings = carried(carrier)
+@pytest.mark.parametrize(("dispatcher", "top_k"), [("walk", 3), ("dense", 1), ("capacity_1.0", 3)])
+def test_moe_not_normalized(dispatcher, top_k):
+    arguments, settings = dispatched(dispatcher)
     router = routers.TopKRouter(5, top_k, normalize=False, losses=ROUTER_LOSSES)
     arguments |= {"num_experts": 5, "hidden_dim": 6, "router": router}
     check_moe(arguments, {"top_k": top_k, "normalize": False, **settings}, seed=4)
 
 
-@pytest.mark.parametrize("carrier", MAIN_CARRIERS)
-def test_moe_dense_router(carrier):
-    arguments, settings = carried(carrier)
+@pytest.mark.parametrize("dispatcher", MAIN_DISPATCHERS)
+def test_moe_dense_router(dispatcher):
+    arguments, settings = dispatched(dispatcher)
     arguments |= {"num_experts": 3, "hidden_dim": 6, "router": "dense"}
     settings |= {"top_k": 3, "normalize": False, "balance_weight": 0.0}
     check_dense_router(arguments, settings)
@@ -202,17 +205,17 @@ def check_dense_router(arguments, settings):
 
 
 def test_moe_switch_router():
-    arguments, settings = carried("blocks")
+    arguments, settings = dispatched("walk")
     arguments |= {"num_experts": 5, "hidden_dim": 6, "router": "switch"}
     check_moe(arguments, {"top_k": 1, **settings}, seed=8)
 
 
 @pytest.mark.parametrize(
-    ("carrier", "activation"),
-    [("blocks", "silu"), ("dense", "gelu_tanh"), ("capacity_1.0", "silu")],
+    ("dispatcher", "activation"),
+    [("walk", "silu"), ("dense", "gelu_tanh"), ("capacity_1.0", "silu")],
 )
-def test_moe_glu(carrier, activation):
-    arguments, settings = carried(carrier)
+def test_moe_glu(dispatcher, activation):
+    arguments, settings = dispatched(dispatcher)
     arguments |= {"num_experts": 5, "hidden_dim": 6, "experts": "glu", "activation": activation}
     layer, _ = check_moe(arguments, settings, seed=9)
     assert "experts/gate_bias_0" in helpers.weights_of(layer)
@@ -225,17 +228,17 @@ def test_moe_activation(activation):
 
 
 def test_moe_without_bias():
-    arguments, settings = carried("blocks")
+    arguments, settings = dispatched("walk")
     arguments |= {"num_experts": 4, "hidden_dim": 6, "experts": "glu", "use_bias": False}
     layer, _ = check_moe(arguments, settings, seed=11)
     assert not any("bias" in path for path in helpers.weights_of(layer))
 
 
 @pytest.mark.parametrize(
-    ("carrier", "experts"), [("blocks", "mlp"), ("dense", "glu"), ("capacity_1.0", "mlp")]
+    ("dispatcher", "experts"), [("walk", "mlp"), ("dense", "glu"), ("capacity_1.0", "mlp")]
 )
-def test_moe_shared_experts_and_output_dim(carrier, experts):
-    arguments, settings = carried(carrier)
+def test_moe_shared_experts_and_output_dim(dispatcher, experts):
+    arguments, settings = dispatched(dispatcher)
     arguments |= {
         "num_experts": 4,
         "hidden_dim": 5,
@@ -247,9 +250,9 @@ def test_moe_shared_experts_and_output_dim(carrier, experts):
 
 
 @pytest.mark.parametrize(
-    ("carrier", "shared"),
+    ("dispatcher", "shared"),
     [
-        ("blocks", 1),
+        ("walk", 1),
         ("blocks_of_3", 0),
         ("lookup", 0),
         ("dense", 0),
@@ -257,13 +260,13 @@ def test_moe_shared_experts_and_output_dim(carrier, experts):
         ("einsum_0.5", 0),
     ],
 )
-def test_moe_masked(carrier, shared):
-    arguments, settings = carried(carrier)
+def test_moe_masked(dispatcher, shared):
+    arguments, settings = dispatched(dispatcher)
     arguments |= {"num_experts": 4, "hidden_dim": 5, "num_shared_experts": shared}
     mask = ragged_mask((4, 6), 13)
     _, result = check_moe(arguments, settings, (4, 6, 4), mask, seed=14)
     assert result.load.sum() == 2 * mask.sum()
-    if carrier.endswith("_0.5"):
+    if dispatcher.endswith("_0.5"):
         assert result.kept.sum() < 2 * mask.sum()
 
 
@@ -292,11 +295,11 @@ def test_moe_capacity_group_example(factor, masked, dispatch):
 
 
 @pytest.mark.parametrize(
-    ("carrier", "masked"),
-    [("blocks", True), ("capacity_0.5", True), ("dense", False), ("capacity_1.0", False)],
+    ("dispatcher", "masked"),
+    [("walk", True), ("capacity_0.5", True), ("dense", False), ("capacity_1.0", False)],
 )
-def test_moe_routing_level_example(carrier, masked):
-    arguments, settings = carried(carrier)
+def test_moe_routing_level_example(dispatcher, masked):
+    arguments, settings = dispatched(dispatcher)
     arguments |= {"num_experts": 4, "hidden_dim": 5, "routing_level": "example"}
     mask = None
     if masked:
@@ -307,16 +310,16 @@ def test_moe_routing_level_example(carrier, masked):
 
 
 @pytest.mark.parametrize(
-    ("shape", "carrier", "masked"),
+    ("shape", "dispatcher", "masked"),
     [
-        ((7, 4), "blocks", False),
+        ((7, 4), "walk", False),
         ((7, 4), "capacity_0.5", True),
-        ((2, 3, 2, 4), "blocks", True),
+        ((2, 3, 2, 4), "walk", True),
         ((2, 3, 2, 4), "capacity_1.0", False),
     ],
 )
-def test_moe_any_rank(shape, carrier, masked):
-    arguments, settings = carried(carrier)
+def test_moe_any_rank(shape, dispatcher, masked):
+    arguments, settings = dispatched(dispatcher)
     arguments |= {"num_experts": 4, "hidden_dim": 5}
     mask = ragged_mask(shape[:-1], 20) if masked else None
     check_moe(arguments, settings, shape, mask, seed=21)
@@ -341,10 +344,10 @@ SKEWS = {
 
 
 @pytest.mark.parametrize("skew", SKEWS)
-@pytest.mark.parametrize("carrier", ["blocks", "blocks_of_3", "capacity_0.5"])
-def test_moe_skewed_routing(skew, carrier):
+@pytest.mark.parametrize("dispatcher", ["walk", "blocks_of_3", "capacity_0.5"])
+def test_moe_skewed_routing(skew, dispatcher):
     top_k, push = SKEWS[skew]
-    arguments, settings = carried(carrier)
+    arguments, settings = dispatched(dispatcher)
     arguments |= {"num_experts": 5, "hidden_dim": 5, "top_k": top_k, "z_loss_weight": 1e-3}
     settings |= {"top_k": top_k, "z_loss_weight": 1e-3}
     _, result = check_moe(arguments, settings, (17, 4), skew=push, seed=23)
@@ -355,24 +358,24 @@ def test_moe_skewed_routing(skew, carrier):
 
 
 @pytest.mark.parametrize(
-    ("carrier", "shape"),
+    ("dispatcher", "shape"),
     [
-        ("blocks", (1, 4)),
+        ("walk", (1, 4)),
         ("dense", (1, 1, 4)),
         ("capacity_1.0", (1, 4)),
         ("capacity_1.0", (3, 4)),
         ("blocks_of_8", (3, 4)),
-        ("blocks", (13, 4)),
+        ("walk", (13, 4)),
     ],
 )
-def test_moe_few_tokens_many_experts(carrier, shape):
-    arguments, settings = carried(carrier)
+def test_moe_few_tokens_many_experts(dispatcher, shape):
+    arguments, settings = dispatched(dispatcher)
     arguments |= {"num_experts": 7, "hidden_dim": 3, "top_k": 3}
     check_moe(arguments, {"top_k": 3, **settings}, shape, seed=24)
 
 
 def test_moe_single_expert():
-    arguments, settings = carried("blocks")
+    arguments, settings = dispatched("walk")
     arguments |= {"num_experts": 1, "hidden_dim": 3, "top_k": 1}
     check_moe(arguments, {"top_k": 1, **settings}, (5, 4), seed=25)
 
@@ -574,12 +577,12 @@ def test_many_shared_rows_are_run_expert_by_expert(count, rank, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("carrier", "kind"),
+    ("dispatcher", "kind"),
     [("blocks_of_3", "template"), ("dense", "list"), ("capacity_0.5", "template")],
 )
-def test_moe_of_keras_layers(kind, carrier):
+def test_moe_of_keras_layers(kind, dispatcher):
     """A bank of `Dense` experts equals the oracle's bank of one linear layer."""
-    arguments, settings = carried(carrier)
+    arguments, settings = dispatched(dispatcher)
     experts = keras.layers.Dense(4)
     if kind == "list":
         experts = [keras.layers.Dense(4) for _ in range(3)]

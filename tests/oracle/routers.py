@@ -236,7 +236,7 @@ def hashed(x, w, mask, noise, *, k, projection):
 
 def dense(x, w, mask, noise):
     """Jacobs et al. 1991, equation 1: all experts, by softmax. So does expert choice rate them
-    (Zhou et al. 2022, section 3.2), whose choice is the carrier's."""
+    (Zhou et al. 2022, section 3.2), whose choice is the dispatcher's."""
     logits = x @ w["kernel"]
     chosen = np.tile(np.arange(logits.shape[1]), (len(x), 1))
     return decision(chosen, softmaxes(logits), logits, softmaxes(logits), mask)

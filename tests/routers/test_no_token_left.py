@@ -168,7 +168,7 @@ def test_a_named_router_has_the_capacity_of_its_layer():
 
 
 @pytest.mark.parametrize("arguments", [{}, {"capacity_factor": 0.6}, {"dispatch": "dense"}])
-def test_carriers_drop_nothing_more(arguments):
+def test_dispatchers_drop_nothing_more(arguments):
     layer = layers.MoE(E, 8, router="no_token_left", top_k=2, **arguments)
     layer.build((None, D))
     helpers.randomize_weights(layer)

@@ -28,7 +28,7 @@ from keras_moe.dispatch.backend.portable import (  # noqa: F401
     reach,
     sort_for_export,
 )
-from keras_moe.dispatch.layout import Slots, Stage
+from keras_moe.dispatch.layout import Rows, Slots, Stage
 from keras_moe.types import Tensor
 
 WALKS = HAS_GROUPED_MATMUL = True
@@ -65,21 +65,18 @@ def row_padding(total: int, num_experts: int) -> int:
     return block_sizes(total, num_experts)[0]
 
 
-def walk(
-    tokens: Tensor, weights: Tensor, slots: Slots, ends: Tensor, stages: Sequence[Stage]
-) -> Tensor:
+def walk(tokens: Tensor, rows: Rows, stages: Sequence[Stage]) -> Tensor:
     """Applies each token's experts and sums what they give, weighted.
 
     Args:
         tokens: `(N, d)`.
-        weights: `(N, k)`, the weight of each assignment.
-        slots: assignments sorted by expert, `row_padding` empty slots behind the last one.
-        ends: int32 `(E,)`, where each expert's slots end; the first one's begin at 0.
+        rows: who goes where, with which weight, and `row_padding` empty slots behind the last one.
         stages: the layers of the experts.
 
     Returns:
         `(N, out)`.
     """
+    weights, slots, ends = rows.weights, rows.slots, rows.ends
     if tokens.shape[0] == 0:  # there is no row that an empty slot could hold
         return jnp.zeros((0, stages[-1].kernels[0].shape[-1]), tokens.dtype)
     total = weights.shape[0] * weights.shape[1]

@@ -6,7 +6,7 @@ from typing import Any
 from keras import ops
 
 from keras_moe._numerics import edges_of
-from keras_moe.dispatch.layout import Slots, Stage, entries_at
+from keras_moe.dispatch.layout import Rows, Stage, entries_at
 from keras_moe.types import Tensor
 
 WALKS = False  # whether `walk` is faster than padded blocks
@@ -19,36 +19,33 @@ def row_padding(total: int | Tensor, num_experts: int) -> int:
     return 0
 
 
-def walk(
-    tokens: Tensor, weights: Tensor, slots: Slots, ends: Tensor, stages: Sequence[Stage]
-) -> Tensor:
+def walk(tokens: Tensor, rows: Rows, stages: Sequence[Stage]) -> Tensor:
     """Applies each token's experts and sums what they give, weighted: each expert on all rows.
 
     Args:
         tokens: `(N, d)`.
-        weights: `(N, k)`, the weight of each assignment.
-        slots: assignments sorted by expert, `row_padding` empty slots behind the last one.
-        ends: int32 `(E,)`, where each expert's slots end; the first one's begin at 0.
+        rows: who goes where, with which weight, and `row_padding` empty slots behind the last one.
         stages: the layers of the experts.
 
     Returns:
         `(N, out)`, summed in float32 at least.
     """
+    weights, slots, ends = rows.weights, rows.slots, rows.ends
     count, top_k = weights.shape
     token_of = ops.minimum(slots.assignment, count * top_k - 1) % count
-    rows = ops.take(tokens, token_of, axis=0)
+    hidden = ops.take(tokens, token_of, axis=0)
     for stage in stages:
-        sums = [grouped_matmul(rows, kernel, ends) for kernel in stage.kernels]
+        sums = [grouped_matmul(hidden, kernel, ends) for kernel in stage.kernels]
         if stage.biases:
-            experts = _expert_of(rows, ends)
+            experts = _expert_of(hidden, ends)
             sums = [
                 s + ops.take(b, experts, axis=0) for s, b in zip(sums, stage.biases, strict=True)
             ]
-        rows = sums[0] if stage.activation is None else stage.activation(*sums)
-        rows = rows if stage.scale is None else rows * stage.scale
+        hidden = sums[0] if stage.activation is None else stage.activation(*sums)
+        hidden = hidden if stage.scale is None else hidden * stage.scale
     slot_of = ops.reshape(slots.slot_of, (top_k, count))
-    is_kept = ops.expand_dims(slot_of < ops.shape(rows)[0], -1)
-    chosen = ops.take(rows, ops.where(is_kept[..., 0], slot_of, 0), axis=0)
+    is_kept = ops.expand_dims(slot_of < ops.shape(hidden)[0], -1)
+    chosen = ops.take(hidden, ops.where(is_kept[..., 0], slot_of, 0), axis=0)
     terms = ops.where(is_kept, ops.cast(chosen, "float32"), 0.0)
     terms = terms * ops.expand_dims(ops.transpose(weights), -1)
     return ops.cast(ops.sum(terms, axis=0), tokens.dtype)

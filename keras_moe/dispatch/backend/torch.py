@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import torch
 
 from keras_moe.dispatch.backend.portable import with_gradient  # noqa: F401
-from keras_moe.dispatch.layout import Slots, Stage
+from keras_moe.dispatch.layout import Rows, Stage
 from keras_moe.types import Tensor
 
 WALKS = HAS_GROUPED_MATMUL = True
@@ -53,21 +53,18 @@ class _Reach(torch.autograd.Function):
 
 
 @torch.compiler.disable  # the loop's bounds are data; `torch.compile` goes on after it
-def walk(
-    tokens: Tensor, weights: Tensor, slots: Slots, ends: Tensor, stages: Sequence[Stage]
-) -> Tensor:
+def walk(tokens: Tensor, rows: Rows, stages: Sequence[Stage]) -> Tensor:
     """Applies each token's experts and sums what they give, weighted.
 
     Args:
         tokens: `(N, d)`.
-        weights: `(N, k)`, the weight of each assignment.
-        slots: assignments sorted by expert, those without an expert last.
-        ends: int32 `(E,)`, where each expert's slots end; the first one's begin at 0.
+        rows: who goes where, with which weight, and `row_padding` empty slots behind the last one.
         stages: the layers of the experts.
 
     Returns:
         `(N, out)`, summed in float32 at least.
     """
+    weights, slots, ends = rows.weights, rows.slots, rows.ends
     count, top_k = weights.shape
     if count == 0:
         weights_of_experts = [each for stage in stages for each in (*stage.kernels, *stage.biases)]
