@@ -1,9 +1,9 @@
-"""Writes the measured table of README.md, and its chart, from the stored results.
+"""Writes the measured tables of docs/benchmarks.md, and their chart, from the stored results.
 
     python -m benchmarks.table           # rewrite both
     python -m benchmarks.table --check   # is the table what the results say? 1 if not
 
-The table stands between two marks in README.md; nothing else there is touched. The same results
+The tables stand between two marks there; nothing else there is touched. The same results
 give the same text. The chart is not checked: its bytes depend on matplotlib's version.
 """
 
@@ -22,7 +22,7 @@ from benchmarks.rows import PASSES, ROWS, Row
 
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 _ROOT = Path(__file__).parent.parent
-README = _ROOT / "README.md"
+PAGE = _ROOT / "docs" / "benchmarks.md"
 CHART = Path("docs/img/benchmarks_ratio_vs_experts.png")
 
 BACKEND_NAMES = {
@@ -36,24 +36,24 @@ _PASS_NAMES = {"forward": "fwd", "gradient": "fwd+bwd"}
 _NOTHING = "-"
 
 
-def between_marks(readme: str, table: str) -> str:
-    """The README with the table between the marks.
+def between_marks(page: str, table: str) -> str:
+    """The page with the table between the marks.
 
     Raises:
         ValueError: if it has not each mark exactly once, in order.
     """
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.find(BEGIN) > readme.find(END):
+    if page.count(BEGIN) != 1 or page.count(END) != 1 or page.find(BEGIN) > page.find(END):
         raise ValueError(
-            f"README.md must hold the lines {BEGIN!r} and {END!r} once each, in this order: the "
+            f"The page must hold the lines {BEGIN!r} and {END!r} once each, in this order: the "
             "table goes between them."
         )
-    before, _, rest = readme.partition(BEGIN)
+    before, _, rest = page.partition(BEGIN)
     after = rest.partition(END)[2]
     return f"{before}{BEGIN}\n\n{table.strip()}\n\n{END}{after}"
 
 
 def render(records: Sequence[dict[str, Any]]) -> str:
-    """The text for the README: per machine, targets and, if any, peers, and what was run."""
+    """The text for the page: per machine, targets and, if any, peers, and what was run."""
     machines = newest(records)
     if not machines:
         return "No results are stored yet: `python -m benchmarks.run` makes them."
@@ -194,12 +194,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if out of date")
     parser.add_argument("--results", type=Path, default=results.FOLDER, help="a folder of results")
-    parser.add_argument("--readme", type=Path, default=README, help="the file with the marks")
+    parser.add_argument("--page", type=Path, default=PAGE, help="the file with the marks")
     parser.add_argument("--chart", type=Path, default=_ROOT / CHART, help="where the chart goes")
     parsed = parser.parse_args(arguments)
     try:
         records = results.read_all(parsed.results.glob("*.json"))
-        before = parsed.readme.read_text(encoding="utf-8")
+        before = parsed.page.read_text(encoding="utf-8")
         after = between_marks(before, render(records))
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
@@ -207,9 +207,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if parsed.check:
         if before == after:
             return 0
-        print("README.md is out of date: run `python -m benchmarks.table`.", file=sys.stderr)
+        say = f"{parsed.page.name} is out of date: run `python -m benchmarks.table`."
+        print(say, file=sys.stderr)
         return 1
-    parsed.readme.write_text(after, encoding="utf-8")
+    parsed.page.write_text(after, encoding="utf-8")
     from benchmarks.chart import draw  # matplotlib is needed here only
 
     if draw(newest(records), parsed.chart):

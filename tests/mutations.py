@@ -95,12 +95,12 @@ MUTATIONS = (
         ("tests/parity",),
     ),
     Mutation(
-        "all experts start equal",
+        "an expert is drawn with the fans of all",
         LAYERS + "experts.py",
         'initializer=PerExpertInitializer(self.kernel_initializer, f"{self.name}/{name}"),',
         "initializer=self.kernel_initializer,",
-        (CONTRACT,),
-        select="start_different",
+        (TRAPS,),
+        select="fans",
     ),
     # === Routers ===
     Mutation(
@@ -193,8 +193,9 @@ MUTATIONS = (
         TENSORFLOW + "ranges.py",
         "    for chosen in others:",
         "    for chosen in others[:0]:",
-        (WALK,),
+        (VALUES,),
         "tensorflow",
+        select="test_moe_top_k",
     ),
     Mutation(
         "the slopes of weights belong to other choices",

@@ -1,4 +1,4 @@
-"""The README's table, from a small stored result."""
+"""The tables of the page on benchmarks, from a small stored result."""
 
 import copy
 import json
@@ -89,7 +89,7 @@ def folder_with(tmp_path, record):
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "one.json").write_text(json.dumps(record))
     (tmp_path / "README.md").write_text(README)
-    names = {"--results": "results", "--readme": "README.md", "--chart": "chart.png"}
+    names = {"--results": "results", "--page": "README.md", "--chart": "chart.png"}
     return [word for option, name in names.items() for word in (option, str(tmp_path / name))]
 
 
@@ -108,7 +108,7 @@ def test_a_readme_without_marks_is_an_error_of_its_own(tmp_path, capsys):
     arguments = folder_with(tmp_path, FIXTURE)
     (tmp_path / "README.md").write_text("# Title\n")
     assert table.main([*arguments, "--check"]) == 2
-    assert "README.md must hold the lines" in capsys.readouterr().err
+    assert "The page must hold the lines" in capsys.readouterr().err
 
 
 def test_a_chart_is_drawn_of_the_curve(tmp_path):
