@@ -43,8 +43,8 @@ from vision.augmentation import RandomShiftAndFlip
 from vision.data import EVALUATION_BATCH, RECIPES, DataError, Images, load_images, training_batches
 from vision.routing import measure_use
 
+from keras_moe.flops import active_flops, active_parameters
 from keras_moe.models import vit
-from keras_moe.tuning import active_flops, active_parameters
 
 FEED_FORWARDS = ("soft_moe", "moe", "switch")
 WEIGHT_DECAY = 1e-4

@@ -57,8 +57,8 @@ from language.data import (
 from language.generate import characters, generate
 
 from keras_moe import plots, routers
+from keras_moe.flops import active_flops, active_parameters
 from keras_moe.models import decoder
-from keras_moe.tuning import active_flops, active_parameters
 
 WEIGHT_DECAY = 0.1
 WRITTEN = 300  # bytes of a sample

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 # All that registers a Keras class is imported here: saved models load after `import keras_moe`.
 from keras_moe import callbacks, dispatch, layers, models, routers
-from keras_moe._exporting import exporting
-from keras_moe.recording import record_routing
-from keras_moe.routing import GateRouting, Routing, SoftRouting
+from keras_moe.core.exporting import exporting
+from keras_moe.core.records import GateRouting, Routing, SoftRouting
+from keras_moe.inspection.recording import record_routing
 from keras_moe.version import __version__
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ __all__ = [
     "callbacks",
     "dispatch",
     "exporting",
+    "flops",
     "layers",
     "models",
     "plots",
@@ -34,6 +35,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name == "report":
         return import_module("keras_moe.reporting").report
-    if name in ("plots", "tuning"):  # what only a picture or a search needs
+    if name in ("flops", "plots", "tuning"):  # what only a picture, a count or a search needs
         return import_module(f"keras_moe.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

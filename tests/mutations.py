@@ -47,6 +47,7 @@ class Mutation:
 LAYERS, ROUTERS, DISPATCH = "keras_moe/layers/", "keras_moe/routers/", "keras_moe/dispatch/"
 JAX, TORCH = DISPATCH + "backend/jax.py", DISPATCH + "backend/torch.py"
 TENSORFLOW, TUNING = DISPATCH + "backend/tensorflow/", "keras_moe/tuning/"
+FLOPS = "keras_moe/flops/"
 BRIDGE = "keras_moe/integrations/tfrs.py"
 
 CONTRACT = "tests/layers/test_contract.py"
@@ -96,7 +97,7 @@ MUTATIONS = (
     ),
     Mutation(
         "an expert is drawn with the fans of all",
-        LAYERS + "experts.py",
+        LAYERS + "expert_mlp.py",
         'initializer=PerExpertInitializer(self.kernel_initializer, f"{self.name}/{name}"),',
         "initializer=self.kernel_initializer,",
         (TRAPS,),
@@ -254,14 +255,14 @@ MUTATIONS = (
     # === Tuning ===
     Mutation(
         "all experts count as active",
-        TUNING + "active_parameters.py",
+        FLOPS + "active_parameters.py",
         "chosen = Fraction(layer.router.experts_per_token, layer.num_experts)",
         "chosen = Fraction(1)",
         ("tests/tuning/test_active_parameters.py",),
     ),
     Mutation(
         "shared experts cost nothing",
-        TUNING + "layer_flops.py",
+        FLOPS + "layer_flops.py",
         "        flops += layer_flops(layer.shared_experts, shared)",
         "        flops += 0 * layer_flops(layer.shared_experts, shared)",
         ("tests/tuning/test_active_flops.py",),

@@ -8,12 +8,12 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_moe import _checks
-from keras_moe._mixtures import named_layers
-from keras_moe.callbacks.alarms import ExpertAlarm, alarms
-from keras_moe.callbacks.health import BY_DEFAULT, NAMES, Counts, difference
-from keras_moe.callbacks.layer_numbers import layer_numbers
 from keras_moe.callbacks.writers import CsvWriter, JsonWriter, TensorBoardWriter, Writer
+from keras_moe.core import checks
+from keras_moe.inspection.alarms import ExpertAlarm, alarms
+from keras_moe.inspection.health import BY_DEFAULT, NAMES, Counts, difference
+from keras_moe.inspection.layer_numbers import layer_numbers
+from keras_moe.inspection.mixtures import named_layers
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -97,7 +97,7 @@ class ExpertMonitor(keras.callbacks.Callback):
         log_dir: str | Path | None = None,
     ) -> None:
         super().__init__()
-        self.every = _checks.positive_int("every", every)
+        self.every = checks.positive_int("every", every)
         self.metrics = _metric_names(metrics)
         self.alarms = bool(alarms)
         self.csv, self.json, self.log_dir = csv, json, log_dir
@@ -183,7 +183,7 @@ def _metric_names(metrics: str | Sequence[str] | None) -> tuple[str, ...]:
     if metrics is None or metrics == "all":
         return BY_DEFAULT if metrics is None else NAMES
     names = (metrics,) if isinstance(metrics, str) else tuple(metrics)
-    return tuple(_checks.one_of("metrics", name, NAMES) for name in names)
+    return tuple(checks.one_of("metrics", name, NAMES) for name in names)
 
 
 def _nothing() -> None:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from keras_moe._optional import import_of_extra
+from keras_moe.core.optional import import_of_extra
 
 Row = dict[str, Any]
 

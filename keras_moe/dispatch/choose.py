@@ -4,7 +4,8 @@ from typing import Any, NamedTuple
 
 import keras
 
-from keras_moe import _checks
+from keras_moe.core import checks
+from keras_moe.core.types import Config, Tensor
 from keras_moe.dispatch import backend, native
 from keras_moe.dispatch.costs import dropless_costs, least_cost, walk_beats_slots
 from keras_moe.dispatch.dense import DenseDispatcher
@@ -16,7 +17,6 @@ from keras_moe.dispatch.lookup import LookupDispatcher
 from keras_moe.dispatch.padded_blocks import PaddedBlocksDispatcher, is_for_export
 from keras_moe.dispatch.slots import SlotsDispatcher
 from keras_moe.dispatch.walk import WalkDispatcher
-from keras_moe.types import Config, Tensor
 
 DISPATCHERS: dict[str, type[Dispatcher]] = {
     dispatcher.name: dispatcher
@@ -93,26 +93,26 @@ def get(dispatch: Any, *, has_capacity: bool, chooses_tokens: bool = False) -> D
     """
     if chooses_tokens:
         if dispatch != "auto":
-            _checks.fail(
+            checks.fail(
                 "`dispatch` must be 'auto' where experts choose their tokens.", dispatch=dispatch
             )
         return ExpertChoiceDispatcher()
     if dispatch == "auto":
         return None
     if isinstance(dispatch, str):
-        _checks.one_of("dispatch", dispatch, ["auto", *DISPATCHERS])
+        checks.one_of("dispatch", dispatch, ["auto", *DISPATCHERS])
         dispatcher: Any = DISPATCHERS[dispatch]()
     elif isinstance(dispatch, dict):
         dispatcher = keras.saving.deserialize_keras_object(dispatch)
     else:
         dispatcher = dispatch
     if not isinstance(dispatcher, Dispatcher):
-        _checks.fail(
+        checks.fail(
             f"`dispatch` must be one of {sorted(['auto', *DISPATCHERS])} or a `Dispatcher`.",
             dispatch=dispatch,
         )
     if dispatcher.needs_capacity and not has_capacity:
-        _checks.fail(
+        checks.fail(
             f"`dispatch={dispatcher.name!r}` needs a `capacity_factor`.", capacity_factor=None
         )
     return dispatcher
@@ -192,7 +192,7 @@ def _possible(dispatcher: Dispatcher, experts: ExpertBank, sizes: Sizes) -> Disp
     is_static = bool(getattr(experts, "takes_dynamic_blocks", False))
     if isinstance(dispatcher, WalkDispatcher):
         if dispatcher.is_grouped and not getattr(experts, "takes_rows", False):
-            _checks.fail(
+            checks.fail(
                 "`dispatch='grouped'` needs a bank such as `ExpertMLP`, whose layers it can run.",
                 experts=experts,
             )

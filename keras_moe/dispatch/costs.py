@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import keras
 
-from keras_moe.types import Tensor
+from keras_moe.core.types import Tensor
 
 
 class Platform(NamedTuple):

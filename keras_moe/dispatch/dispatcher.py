@@ -5,12 +5,12 @@ from typing import Any, Protocol
 import keras
 from keras import ops
 
-from keras_moe._exporting import is_exporting
-from keras_moe._sizes import as_tensor, at_least
+from keras_moe.core.exporting import is_exporting
+from keras_moe.core.records import Routing
+from keras_moe.core.sizes import as_tensor, at_least
+from keras_moe.core.types import Config, Tensor
 from keras_moe.dispatch.layout import Bins, Rows
 from keras_moe.dispatch.plan import sort_into_bins
-from keras_moe.routing import Routing
-from keras_moe.types import Config, Tensor
 
 
 class ExpertBank(Protocol):

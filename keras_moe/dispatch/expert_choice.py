@@ -5,9 +5,9 @@ from typing import NamedTuple
 import keras
 from keras import ops
 
+from keras_moe.core.records import Routing
+from keras_moe.core.types import Tensor
 from keras_moe.dispatch.dispatcher import Dispatcher, ExpertBank, needed
-from keras_moe.routing import Routing
-from keras_moe.types import Tensor
 
 
 class ChosenPlacement(NamedTuple):

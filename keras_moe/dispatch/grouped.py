@@ -5,11 +5,11 @@ from collections.abc import Sequence
 import keras
 from keras import ops
 
+from keras_moe.core.types import Tensor
 from keras_moe.dispatch import native
 from keras_moe.dispatch.layout import Rows, Stage
 from keras_moe.dispatch.permute import combine, gather_tokens
 from keras_moe.dispatch.walk import WalkDispatcher
-from keras_moe.types import Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")

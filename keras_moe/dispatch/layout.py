@@ -7,8 +7,8 @@ from typing import NamedTuple
 import keras
 from keras import ops
 
-from keras_moe._exporting import is_exporting
-from keras_moe.types import Tensor
+from keras_moe.core.exporting import is_exporting
+from keras_moe.core.types import Tensor
 
 
 class Bins(NamedTuple):
@@ -81,11 +81,12 @@ class Rows:
 
     Not a tuple: Keras would cast the weights of one to the layer's dtype.
 
-    Attributes:
+    Args:
         weights: float32 `(N, k)`, the weight of each assignment.
         slots: assignments sorted by expert, those without an expert, or dropped, last.
         ends: int32 `(E,)`, where each expert's slots end; the first one's begin at 0.
         is_grouped: whether the platform's grouped matmul is taken, and no walk.
+            Defaults to `False`.
     """
 
     weights: Tensor

@@ -3,10 +3,10 @@
 import keras
 from keras import ops
 
+from keras_moe.core.records import Routing
+from keras_moe.core.types import Tensor
 from keras_moe.dispatch.dense import ChoicePlacement
 from keras_moe.dispatch.dispatcher import Dispatcher, ExpertBank, kept_within, weighted_sum
-from keras_moe.routing import Routing
-from keras_moe.types import Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")

@@ -14,8 +14,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_moe.core.types import Tensor
 from keras_moe.dispatch import backend
-from keras_moe.types import Tensor
 
 _COUNTS = (37, 0, 91, 1, 0, 60, 3, 64)  # ragged, empty, of no multiple of anything
 _TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 4e-3}  # relative to the largest entry

@@ -5,15 +5,15 @@ from typing import NamedTuple
 import keras
 from keras import ops
 
-from keras_moe import _checks
-from keras_moe._exporting import is_exporting
-from keras_moe._sizes import at_least, is_symbolic
+from keras_moe.core import checks
+from keras_moe.core.exporting import is_exporting
+from keras_moe.core.records import Routing
+from keras_moe.core.sizes import at_least, is_symbolic
+from keras_moe.core.types import Config, Tensor
 from keras_moe.dispatch.dispatcher import Dispatcher, ExpertBank, bins_of, kept_within
 from keras_moe.dispatch.layout import Slots
 from keras_moe.dispatch.permute import as_rows, combine, gather_blocks
 from keras_moe.dispatch.plan import block_slots
-from keras_moe.routing import Routing
-from keras_moe.types import Config, Tensor
 
 _ROW_MULTIPLE = 8  # what vector units like, and the smallest block
 _STATIC_ROWS = 32  # per block, where the batch is unknown and blocks of unknown size will not do
@@ -51,7 +51,7 @@ class PaddedBlocksDispatcher(Dispatcher):
 
     def __init__(self, block_size: int | None = None, has_static_blocks: bool = False) -> None:
         if block_size is not None:
-            _checks.positive_int("block_size", block_size)
+            checks.positive_int("block_size", block_size)
         self.block_size = block_size
         self.has_static_blocks = bool(has_static_blocks)
 

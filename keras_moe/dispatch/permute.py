@@ -9,8 +9,9 @@ from collections.abc import Callable
 
 from keras import ops
 
-from keras_moe._exporting import is_exporting
-from keras_moe._sizes import as_tensor, at_least
+from keras_moe.core.exporting import is_exporting
+from keras_moe.core.sizes import as_tensor, at_least
+from keras_moe.core.types import Tensor
 from keras_moe.dispatch import backend
 from keras_moe.dispatch.layout import (
     Slots,
@@ -19,7 +20,6 @@ from keras_moe.dispatch.layout import (
     take_rows,
     wide_dtype,
 )
-from keras_moe.types import Tensor
 
 
 def gather_blocks(

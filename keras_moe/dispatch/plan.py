@@ -9,12 +9,12 @@ different things on three backends, so whatever points nowhere points to a spare
 
 from keras import ops
 
-from keras_moe._exporting import is_exporting
-from keras_moe._numerics import edges_of
-from keras_moe._sizes import as_tensor, is_symbolic
+from keras_moe.core.exporting import is_exporting
+from keras_moe.core.numerics import edges_of
+from keras_moe.core.sizes import as_tensor, is_symbolic
+from keras_moe.core.types import Tensor
 from keras_moe.dispatch import backend
 from keras_moe.dispatch.layout import Bins, Slots, entries_at
-from keras_moe.types import Tensor
 
 
 def sort_into_bins(bin_of: Tensor, num_bins: int | Tensor) -> Bins:

@@ -5,12 +5,12 @@ from typing import NamedTuple
 import keras
 from keras import ops
 
+from keras_moe.core.records import Routing
+from keras_moe.core.types import Tensor
 from keras_moe.dispatch.dispatcher import Dispatcher, ExpertBank, bins_of, needed
 from keras_moe.dispatch.layout import Slots
 from keras_moe.dispatch.permute import as_rows, combine, gather_blocks
 from keras_moe.dispatch.plan import capacity_slots
-from keras_moe.routing import Routing
-from keras_moe.types import Tensor
 
 
 class SlotPlacement(NamedTuple):

@@ -5,12 +5,12 @@ from typing import NamedTuple
 import keras
 from keras import ops
 
+from keras_moe.core.records import Routing
+from keras_moe.core.types import Tensor
 from keras_moe.dispatch import backend
 from keras_moe.dispatch.dispatcher import Dispatcher, ExpertBank, bins_of
 from keras_moe.dispatch.layout import Rows, Slots
 from keras_moe.dispatch.plan import ragged_slots
-from keras_moe.routing import Routing
-from keras_moe.types import Tensor
 
 
 class RowPlacement(NamedTuple):

@@ -6,7 +6,7 @@ from typing import Any, Self
 
 import keras
 
-from keras_moe._optional import import_of_extra
+from keras_moe.core.optional import import_of_extra
 
 if os.environ.get("TF_USE_LEGACY_KERAS") not in ("1", "true", "True"):
     raise ImportError(

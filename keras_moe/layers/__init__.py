@@ -1,6 +1,6 @@
 """What a user puts in a model."""
 
-from keras_moe.layers.experts import ExpertMLP
+from keras_moe.layers.expert_mlp import ExpertMLP
 from keras_moe.layers.layer_experts import LayerExperts
 from keras_moe.layers.mmoe import MMoE
 from keras_moe.layers.moe import MoE

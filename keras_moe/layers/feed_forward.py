@@ -5,16 +5,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
-from keras import ops
 
-from keras_moe import _checks
-from keras_moe.initializers import derived_seed, reseeded
-from keras_moe.layers.experts import ExpertMLP
-from keras_moe.layers.freezing import FreezesParts
-from keras_moe.layers.layer_experts import LayerExperts
-from keras_moe.layers.rematerialization import RematerializesExperts
-from keras_moe.layers.sublayers import adopt, build_once, config_of
-from keras_moe.types import (
+from keras_moe.core import checks
+from keras_moe.core.initializers import derived_seed, reseeded
+from keras_moe.core.types import (
     Activation,
     Config,
     ConstraintLike,
@@ -23,6 +17,11 @@ from keras_moe.types import (
     Shape,
     Tensor,
 )
+from keras_moe.layers.expert_mlp import ExpertMLP
+from keras_moe.layers.freezing import FreezesParts
+from keras_moe.layers.layer_experts import LayerExperts
+from keras_moe.layers.rematerialization import RematerializesExperts
+from keras_moe.layers.sublayers import adopt, build_once, config_of
 
 _NAMED_EXPERTS = {"mlp": False, "glu": True}  # name -> gated
 
@@ -68,30 +67,30 @@ class ExpertFeedForward(FreezesParts, RematerializesExperts):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.num_experts = _checks.positive_int("num_experts", num_experts)
-        self.hidden_dim = _checks.optional(_checks.positive_int, "hidden_dim", hidden_dim)
-        self.output_dim = _checks.optional(_checks.positive_int, "output_dim", output_dim)
+        self.num_experts = checks.positive_int("num_experts", num_experts)
+        self.hidden_dim = checks.optional(checks.positive_int, "hidden_dim", hidden_dim)
+        self.output_dim = checks.optional(checks.positive_int, "output_dim", output_dim)
         self.activation = keras.activations.get(activation)
         self.use_bias = bool(use_bias)
-        self.dropout = _checks.rate("dropout", dropout)
+        self.dropout = checks.rate("dropout", dropout)
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.bias_initializer = keras.initializers.get(bias_initializer)
         self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
         self.bias_regularizer = keras.regularizers.get(bias_regularizer)
         self.kernel_constraint = keras.constraints.get(kernel_constraint)
         self.bias_constraint = keras.constraints.get(bias_constraint)
-        self.seed = _checks.optional(_checks.integer, "seed", seed)
+        self.seed = checks.optional(checks.integer, "seed", seed)
         self.supports_masking = True
 
         self._experts_name = experts if isinstance(experts, str) else None
         self.experts: Any = self._given_experts(experts)
         if self.experts is None and self.hidden_dim is None:
-            _checks.fail(
+            checks.fail(
                 "`hidden_dim` must be a positive integer where the layer builds the experts.",
                 hidden_dim=None,
             )
         if self.experts is not None and self.output_dim is not None:
-            _checks.fail(
+            checks.fail(
                 "`output_dim` must be None where `experts` are layers, which set it themselves.",
                 output_dim=self.output_dim,
             )
@@ -102,7 +101,7 @@ class ExpertFeedForward(FreezesParts, RematerializesExperts):
         for name, value in given.items():
             default = _DESCRIPTIONS.get(name, _same)(_default_of(type(self), name))
             if _comparable(value) != _comparable(default):
-                _checks.fail(
+                checks.fail(
                     f"`{name}` must be left out where `experts` are layers: give it to these.",
                     **{name: value},
                 )
@@ -110,7 +109,7 @@ class ExpertFeedForward(FreezesParts, RematerializesExperts):
     def _given_experts(self, experts: Any) -> Any:
         """The bank where experts are objects; named ones are made by `_make_experts`, None here."""
         if isinstance(experts, str):
-            _checks.one_of("experts", experts, _NAMED_EXPERTS)
+            checks.one_of("experts", experts, _NAMED_EXPERTS)
             return None
         if isinstance(experts, dict):
             experts = keras.saving.deserialize_keras_object(experts)
@@ -118,14 +117,14 @@ class ExpertFeedForward(FreezesParts, RematerializesExperts):
         is_layer = isinstance(experts, keras.layers.Layer)
         if is_layer and hasattr(experts, "num_experts") and not is_mixture:
             if experts.num_experts != self.num_experts:
-                _checks.fail(
+                checks.fail(
                     f"A bank of `experts` must have num_experts={self.num_experts}.",
                     **{"experts.num_experts": experts.num_experts},
                 )
             adopt(experts, "experts")
             return experts
         if not isinstance(experts, keras.layers.Layer | Sequence):
-            _checks.fail(
+            checks.fail(
                 f"`experts` must be one of {sorted(_NAMED_EXPERTS)}, a bank such as `ExpertMLP`, a "
                 "Keras layer or a list of Keras layers.",
                 experts=experts,
@@ -149,7 +148,7 @@ class ExpertFeedForward(FreezesParts, RematerializesExperts):
     def _mlp(self, num_experts: int, name: str) -> ExpertMLP:
         return ExpertMLP(
             num_experts,
-            (_checks.positive_int("hidden_dim", self.hidden_dim), self.output_dim),
+            (checks.positive_int("hidden_dim", self.hidden_dim), self.output_dim),
             self.activation,
             gated=_NAMED_EXPERTS.get(self._experts_name or "mlp", False),
             dropout=self.dropout,
@@ -172,12 +171,12 @@ class ExpertFeedForward(FreezesParts, RematerializesExperts):
         return int(output_shape[-1])
 
     def compute_output_shape(self, input_shape: Shape) -> Shape:
-        width = _checks.token_shape(type(self).__name__, tuple(input_shape))
+        width = checks.token_shape(type(self).__name__, tuple(input_shape))
         return (*tuple(input_shape)[:-1], self._output_width(width))
 
     def _output_spec(self, inputs: Tensor, mask: Tensor | None) -> Tensor:
         if mask is not None:
-            _checks.mask_shape(type(self).__name__, inputs, mask)
+            checks.mask_shape(type(self).__name__, inputs, mask)
         shape = self.compute_output_shape(tuple(inputs.shape))
         return keras.KerasTensor(shape, dtype=self.compute_dtype)
 
@@ -233,26 +232,3 @@ def _default_of(layer: type, argument: str) -> Any:
 def _comparable(value: Any) -> Any:
     """An object of Keras as what makes it, to be compared with another."""
     return (type(value), value.get_config()) if hasattr(value, "get_config") else value
-
-
-def flat_mask(layer: str, inputs: Tensor, mask: Tensor | None, axes: tuple[Any, ...]) -> Any:
-    """Checks a mask and returns it as bool of shape `axes`, or None."""
-    if mask is None:
-        return None
-    mask = ops.convert_to_tensor(mask)
-    _checks.mask_shape(layer, inputs, mask)
-    return ops.reshape(ops.cast(mask, "bool"), axes)
-
-
-def flat_token_ids(layer: str, inputs: Tensor, token_ids: Tensor | None) -> Tensor:
-    """Checks token ids and returns them as int32 `(N,)`."""
-    ids = None if token_ids is None else ops.convert_to_tensor(token_ids)
-    _checks.token_ids(layer, inputs, ids)
-    return ops.reshape(ops.cast(ids, "int32"), (-1,))
-
-
-def zero_where_padded(rows: Tensor, mask: Tensor | None) -> Tensor:
-    """Zeros the rows `(..., d)` of padding, which may hold anything: NaN times 0 is NaN."""
-    if mask is None:
-        return rows
-    return ops.where(ops.expand_dims(mask, -1), rows, ops.zeros_like(rows))

@@ -4,7 +4,7 @@ from typing import Any
 
 import keras
 
-from keras_moe.types import Config
+from keras_moe.core.types import Config
 
 
 class FreezesParts(keras.layers.Layer):

@@ -6,12 +6,12 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_moe import _checks
+from keras_moe.core import checks
+from keras_moe.core.initializers import reseeded_config
+from keras_moe.core.types import Config, Shape, Tensor
 from keras_moe.dispatch import backend
-from keras_moe.initializers import reseeded_config
 from keras_moe.layers.freezing import freeze_parts
 from keras_moe.layers.sublayers import adopt, build_by_call, config_of
-from keras_moe.types import Config, Shape, Tensor
 
 # Draws that one block of one expert may take from a seed generator before it meets the next
 # block's; more than any reasonable number of dropout layers in one expert.
@@ -55,7 +55,7 @@ class LayerExperts(keras.layers.Layer):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.num_experts = _checks.positive_int("num_experts", num_experts)
+        self.num_experts = checks.positive_int("num_experts", num_experts)
         if isinstance(experts, keras.layers.Layer):
             template = config_of(experts)
             copies = [self._copy(template, expert) for expert in range(num_experts)]
@@ -64,13 +64,13 @@ class LayerExperts(keras.layers.Layer):
         if len(copies) != self.num_experts or not all(
             isinstance(expert, keras.layers.Layer) for expert in copies
         ):
-            _checks.fail(
+            checks.fail(
                 f"`experts` must be a Keras layer or a list of num_experts={num_experts} Keras "
                 "layers.",
                 experts=experts,
             )
         if len({id(expert) for expert in copies}) != len(copies):
-            _checks.fail(
+            checks.fail(
                 "`experts` must be distinct layers: a repeated one shares its weights.",
                 experts=experts,
             )
@@ -160,9 +160,7 @@ class LayerExperts(keras.layers.Layer):
             for expert in self.experts
         }
         if len(shapes) != 1:
-            _checks.fail(
-                "All `experts` must have one output shape.", shapes=sorted(shapes, key=str)
-            )
+            checks.fail("All `experts` must have one output shape.", shapes=sorted(shapes, key=str))
         return (self.num_experts, *shapes.pop())
 
     def get_config(self) -> Config:

@@ -6,18 +6,10 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_moe import _checks, _numerics
-from keras_moe.initializers import derived_seed, reseeded
-from keras_moe.layers.experts import ExpertMLP, checked_units
-from keras_moe.layers.feed_forward import flat_mask, zero_where_padded
-from keras_moe.layers.freezing import FreezesParts, freeze_parts
-from keras_moe.layers.naming import name_or_default
-from keras_moe.layers.rematerialization import RematerializesExperts
-from keras_moe.layers.running_sums import RunningSums, check_built
-from keras_moe.layers.sublayers import adopt, build_once, config_of
-from keras_moe.routers.softmax_gate import SoftmaxGate
-from keras_moe.routing import GateRouting
-from keras_moe.types import (
+from keras_moe.core import checks, numerics
+from keras_moe.core.initializers import derived_seed, reseeded
+from keras_moe.core.records import GateRouting
+from keras_moe.core.types import (
     Activation,
     Config,
     ConstraintLike,
@@ -26,6 +18,13 @@ from keras_moe.types import (
     Shape,
     Tensor,
 )
+from keras_moe.layers.counts import RunningSums, check_built
+from keras_moe.layers.expert_mlp import ExpertMLP, checked_units
+from keras_moe.layers.freezing import FreezesParts, freeze_parts
+from keras_moe.layers.rematerialization import RematerializesExperts
+from keras_moe.layers.sublayers import adopt, build_once, config_of, name_or_default
+from keras_moe.layers.tokens import flat_mask, zero_where_padded
+from keras_moe.routers.softmax_gate import SoftmaxGate
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -124,17 +123,17 @@ class MMoE(FreezesParts, RematerializesExperts):
         **kwargs: Any,
     ) -> None:
         super().__init__(name=name_or_default(name, "mmoe"), **kwargs)
-        self.num_experts = _checks.positive_int("num_experts", num_experts)
+        self.num_experts = checks.positive_int("num_experts", num_experts)
         self.expert_units = checked_units("expert_units", expert_units)
         self.tasks = _checked_tasks(tasks)
         self.dropout = dropout  # checked by the bank
         self.num_tasks = self.tasks if isinstance(self.tasks, int) else len(self.tasks)
         is_linear = isinstance(gate_units, Sequence) and not gate_units
         self.gate_units = () if is_linear else checked_units("gate_units", gate_units)
-        self.gate_dropout = _checks.rate("gate_dropout", gate_dropout)
+        self.gate_dropout = checks.rate("gate_dropout", gate_dropout)
         self.gate_initializer = keras.initializers.get(gate_initializer)
         self.gate_regularizer = keras.regularizers.get(gate_regularizer)
-        self.seed = _checks.optional(_checks.integer, "seed", seed)
+        self.seed = checks.optional(checks.integer, "seed", seed)
         self.supports_masking = True
         bank_arguments: dict[str, Any] = {
             "activation": activation,
@@ -184,9 +183,9 @@ class MMoE(FreezesParts, RematerializesExperts):
         if isinstance(gate, dict):
             gate = keras.saving.deserialize_keras_object(gate)
         if not isinstance(gate, SoftmaxGate):
-            _checks.fail("`gate` must be one of ['softmax'] or a `SoftmaxGate`.", gate=gate)
+            checks.fail("`gate` must be one of ['softmax'] or a `SoftmaxGate`.", gate=gate)
         if (gate.num_experts, gate.num_tasks) != (self.num_experts, self.num_tasks):
-            _checks.fail(
+            checks.fail(
                 f"`gate` must have num_experts={self.num_experts}, num_tasks={self.num_tasks}.",
                 **{"gate.num_experts": gate.num_experts, "gate.num_tasks": gate.num_tasks},
             )
@@ -194,7 +193,7 @@ class MMoE(FreezesParts, RematerializesExperts):
         return gate
 
     def build(self, input_shape: Any) -> None:
-        width = _checks.token_shape("MMoE", tuple(input_shape))
+        width = checks.token_shape("MMoE", tuple(input_shape))
         self.input_spec = keras.layers.InputSpec(min_ndim=2, axes={-1: width})
         self.experts.build((1, None, width))
         if self.gate_hidden is not None:
@@ -213,7 +212,7 @@ class MMoE(FreezesParts, RematerializesExperts):
         training: bool | None = None,
         return_routing: bool = False,
     ) -> Any:
-        inputs = _numerics.as_float(inputs, self.compute_dtype)
+        inputs = numerics.as_float(inputs, self.compute_dtype)
         token_axes = ops.shape(inputs)[:-1]
         token_mask = flat_mask("MMoE", inputs, mask, (-1,))
         tokens = ops.reshape(inputs, (-1, inputs.shape[-1]))
@@ -260,7 +259,7 @@ class MMoE(FreezesParts, RematerializesExperts):
         return self._by_task([previous_mask] * self.num_tasks)
 
     def _count(self, routing: GateRouting, mask: Tensor | None) -> None:
-        entropy = _numerics.entropy(routing.logits)  # (n, t)
+        entropy = numerics.entropy(routing.logits)  # (n, t)
         # A token that is not finite has no entropy: it is left out.
         is_counted = ops.all(ops.isfinite(entropy), axis=-1, keepdims=True)
         if mask is not None:
@@ -292,7 +291,7 @@ class MMoE(FreezesParts, RematerializesExperts):
             sums.reset()
 
     def compute_output_shape(self, input_shape: Shape) -> Any:
-        _checks.token_shape("MMoE", tuple(input_shape))
+        checks.token_shape("MMoE", tuple(input_shape))
         shape = (*tuple(input_shape)[:-1], self.expert_units[-1])
         return self._by_task([shape] * self.num_tasks)
 
@@ -304,8 +303,8 @@ class MMoE(FreezesParts, RematerializesExperts):
         return_routing: bool = False,
     ) -> Any:
         if mask is not None:
-            _checks.mask_shape("MMoE", inputs, mask)
-        _checks.token_shape("MMoE", tuple(inputs.shape))
+            checks.mask_shape("MMoE", inputs, mask)
+        checks.token_shape("MMoE", tuple(inputs.shape))
         leading = tuple(inputs.shape)[:-1]
         outputs = self._by_task(
             [
@@ -355,7 +354,7 @@ def _checked_tasks(tasks: Any) -> int | tuple[str, ...]:
     names = tuple(tasks) if isinstance(tasks, list | tuple) else ()
     is_named = bool(names) and all(isinstance(name, str) and name for name in names)
     if not is_named or len(set(names)) != len(names):
-        _checks.fail(
+        checks.fail(
             "`tasks` must be a positive integer or a sequence of distinct names.", tasks=tasks
         )
     return names

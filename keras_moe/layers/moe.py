@@ -8,32 +8,33 @@ import keras
 from keras import ops
 from keras.src.backend import get_keras_mask
 
-from keras_moe import _checks, routers
-from keras_moe._exporting import exporting
-from keras_moe._numerics import as_float, slots_per_expert
-from keras_moe.dispatch import Dispatcher, DispatchPlan, backend, choose
-from keras_moe.dispatch.dispatcher import kept_by_priority
-from keras_moe.layers.example_routing import kept_examples, pool_examples, spread_over_tokens
-from keras_moe.layers.experts import ExpertMLP
-from keras_moe.layers.feed_forward import (
-    ExpertFeedForward,
-    flat_mask,
-    flat_token_ids,
-    zero_where_padded,
-)
-from keras_moe.layers.freezing import freeze_parts
-from keras_moe.layers.naming import name_or_default
-from keras_moe.layers.routing_counts import RoutingCounts
-from keras_moe.layers.running_sums import check_built
-from keras_moe.layers.sublayers import adopt, build_once, config_of
-from keras_moe.routing import Routing
-from keras_moe.types import (
+from keras_moe import routers
+from keras_moe.core import checks
+from keras_moe.core.exporting import exporting
+from keras_moe.core.numerics import as_float, slots_per_expert
+from keras_moe.core.records import Routing
+from keras_moe.core.types import (
     Activation,
     Config,
     ConstraintLike,
     InitializerLike,
     RegularizerLike,
     Tensor,
+)
+from keras_moe.dispatch import Dispatcher, DispatchPlan, backend, choose
+from keras_moe.dispatch.dispatcher import kept_by_priority
+from keras_moe.layers.counts import RoutingCounts, check_built
+from keras_moe.layers.expert_mlp import ExpertMLP
+from keras_moe.layers.feed_forward import ExpertFeedForward
+from keras_moe.layers.freezing import freeze_parts
+from keras_moe.layers.sublayers import adopt, build_once, config_of, name_or_default
+from keras_moe.layers.tokens import (
+    flat_mask,
+    flat_token_ids,
+    kept_examples,
+    pool_examples,
+    spread_over_tokens,
+    zero_where_padded,
 )
 
 _LEVELS = ("token", "example")
@@ -186,31 +187,29 @@ class MoE(ExpertFeedForward):
             name=name_or_default(name, "moe"),
             **kwargs,
         )
-        self.num_shared_experts = _checks.int_at_least("num_shared_experts", num_shared_experts, 0)
+        self.num_shared_experts = checks.int_at_least("num_shared_experts", num_shared_experts, 0)
         if self.num_shared_experts and self.hidden_dim is None:
-            _checks.fail(
+            checks.fail(
                 "`hidden_dim` must be a positive integer where there are shared experts.",
                 hidden_dim=None,
             )
-        self.capacity_factor = _checks.optional(
-            _checks.positive, "capacity_factor", capacity_factor
-        )
-        self.eval_capacity_factor = _checks.optional(
-            _checks.positive, "eval_capacity_factor", eval_capacity_factor
+        self.capacity_factor = checks.optional(checks.positive, "capacity_factor", capacity_factor)
+        self.eval_capacity_factor = checks.optional(
+            checks.positive, "eval_capacity_factor", eval_capacity_factor
         )
         if capacity_factor is None and eval_capacity_factor is not None:
-            _checks.fail(
+            checks.fail(
                 "`eval_capacity_factor` needs a `capacity_factor`; without one the layer drops "
                 "nothing.",
                 eval_capacity_factor=eval_capacity_factor,
             )
-        _checks.optional(_checks.positive_int, "top_k", top_k)
-        _checks.optional(_checks.non_negative, "balance_weight", balance_weight)
-        _checks.optional(_checks.non_negative, "z_loss_weight", z_loss_weight)
-        self.routing_level = _checks.one_of("routing_level", routing_level, _LEVELS)
-        self.capacity_group = _checks.one_of("capacity_group", capacity_group, _GROUPS)
+        checks.optional(checks.positive_int, "top_k", top_k)
+        checks.optional(checks.non_negative, "balance_weight", balance_weight)
+        checks.optional(checks.non_negative, "z_loss_weight", z_loss_weight)
+        self.routing_level = checks.one_of("routing_level", routing_level, _LEVELS)
+        self.capacity_group = checks.one_of("capacity_group", capacity_group, _GROUPS)
         if routing_level == capacity_group == "example":
-            _checks.fail(
+            checks.fail(
                 "`capacity_group` must be 'batch' where `routing_level` is 'example': all tokens "
                 "of an example go to the same experts and would fill their slots.",
                 capacity_group=capacity_group,
@@ -229,7 +228,7 @@ class MoE(ExpertFeedForward):
         )
         factors = [f for f in (self.capacity_factor, self.eval_capacity_factor) if f is not None]
         if isinstance(self.router, routers.DenseRouter) and min(factors, default=1.0) < 1.0:
-            _checks.fail(
+            checks.fail(
                 "`capacity_factor` must be None, or at least 1, with a dense router: every expert "
                 "takes part in every token.",
                 capacity_factor=capacity_factor,
@@ -263,18 +262,18 @@ class MoE(ExpertFeedForward):
             (router.loss_weights.get("sequence_balance"), "there is a sequence balance loss"),
         ):
             if is_so and self.routing_level == "example":
-                _checks.fail(
+                checks.fail(
                     f"`routing_level` must be 'token' where {why}.",
                     routing_level=self.routing_level,
                 )
         if router.has_capacity and self.capacity_group == "example":
-            _checks.fail(
+            checks.fail(
                 "`capacity_group` must be 'batch' where the router has a capacity of its own.",
                 capacity_group=self.capacity_group,
             )
 
     def build(self, input_shape: Any) -> None:
-        width = _checks.token_shape("MoE", tuple(input_shape))
+        width = checks.token_shape("MoE", tuple(input_shape))
         self.input_spec = keras.layers.InputSpec(min_ndim=2, axes={-1: width})
         build_once(self.router, (None, width))
         self._build_experts(width)
@@ -442,7 +441,7 @@ class MoE(ExpertFeedForward):
             n_tokens: Positive integer, the tokens of one call.
             training: Whether gradients are taken. Defaults to `True`.
         """
-        count = _checks.positive_int("n_tokens", n_tokens)
+        count = checks.positive_int("n_tokens", n_tokens)
         capacity = self._capacity((1, count), training)
         sizes = self._sizes(count, self.router.experts_per_token, capacity, 1, training)
         return choose.plan(self.dispatcher, self.experts, sizes)
@@ -474,7 +473,7 @@ class MoE(ExpertFeedForward):
         token_ids: Tensor | None = None,
     ) -> Any:
         if self.router.needs_token_ids:
-            _checks.token_ids("MoE", inputs, token_ids)
+            checks.token_ids("MoE", inputs, token_ids)
         outputs = self._output_spec(inputs, mask)
         if not return_routing:
             return outputs

@@ -7,19 +7,9 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_moe import _checks
-from keras_moe._numerics import as_float
-from keras_moe.layers.feed_forward import (
-    ExpertFeedForward,
-    flat_mask,
-    zero_where_padded,
-)
-from keras_moe.layers.freezing import freeze_parts
-from keras_moe.layers.naming import name_or_default
-from keras_moe.layers.running_sums import check_built
-from keras_moe.layers.soft_counts import SoftCounts
-from keras_moe.routers.soft import SoftRouter
-from keras_moe.types import (
+from keras_moe.core import checks
+from keras_moe.core.numerics import as_float
+from keras_moe.core.types import (
     Activation,
     Config,
     ConstraintLike,
@@ -27,6 +17,12 @@ from keras_moe.types import (
     RegularizerLike,
     Tensor,
 )
+from keras_moe.layers.counts import SoftCounts, check_built
+from keras_moe.layers.feed_forward import ExpertFeedForward
+from keras_moe.layers.freezing import freeze_parts
+from keras_moe.layers.sublayers import name_or_default
+from keras_moe.layers.tokens import flat_mask, zero_where_padded
+from keras_moe.routers.soft import SoftRouter
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -159,7 +155,7 @@ class SoftMoE(ExpertFeedForward):
             name=name_or_default(name, "soft_moe"),
             **kwargs,
         )
-        self.slots_per_expert = _checks.positive_int("slots_per_expert", slots_per_expert)
+        self.slots_per_expert = checks.positive_int("slots_per_expert", slots_per_expert)
         self.causal = bool(causal)
         self.phi_initializer = keras.initializers.get(phi_initializer)
         self.scale_initializer = keras.initializers.get(scale_initializer)
@@ -179,7 +175,7 @@ class SoftMoE(ExpertFeedForward):
         freeze_parts(self)
 
     def build(self, input_shape: Any) -> None:
-        width = _checks.token_shape("SoftMoE", tuple(input_shape))
+        width = checks.token_shape("SoftMoE", tuple(input_shape))
         self.input_spec = keras.layers.InputSpec(min_ndim=2, axes={-1: width})
         self.router.build((None, None, width))
         self._build_experts(width)

@@ -4,8 +4,8 @@ from typing import Any
 
 import keras
 
-from keras_moe import _checks
-from keras_moe.types import Config
+from keras_moe.core import checks
+from keras_moe.core.types import Config
 
 
 def config_of(sublayer: Any) -> Config:
@@ -25,7 +25,7 @@ def adopt(sublayer: keras.layers.Layer, name: str | None = None) -> None:
     load such a model, so it is refused before it is trained.
     """
     if getattr(sublayer, "_is_adopted", False):
-        _checks.fail("A router, gate or expert must belong to one layer only.", layer=sublayer)
+        checks.fail("A router, gate or expert must belong to one layer only.", layer=sublayer)
     sublayer._is_adopted = True
     if name is not None and not sublayer.built:
         sublayer.name = name
@@ -41,3 +41,11 @@ def build_by_call(sublayer: Any, input_shape: Any) -> None:
     """Builds any layer with all layers in it, also one that has `call` and no `build`."""
     if not all(layer.built for layer in sublayer._flatten_layers()):
         sublayer(keras.KerasTensor(input_shape, dtype=sublayer.compute_dtype))
+
+
+def name_or_default(name: str | None, default: str) -> str:
+    """Returns `name`, or a name free in this session: "moe", "moe_1", where Keras says "mo_e"."""
+    if name is not None:
+        return name
+    count: int = keras.backend.get_uid(default)
+    return default if count == 1 else f"{default}_{count - 1}"

@@ -4,11 +4,11 @@ from typing import Any
 
 import keras
 
-from keras_moe import _checks
+from keras_moe.core import checks
+from keras_moe.core.types import Activation, Config
 from keras_moe.layers.moe import MoE
-from keras_moe.layers.naming import name_or_default
+from keras_moe.layers.sublayers import name_or_default
 from keras_moe.routers.switch import SwitchRouter
-from keras_moe.types import Activation, Config
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -62,7 +62,7 @@ class SwitchFFN(MoE):
     ) -> None:
         for argument in ("top_k", "router"):
             if argument in kwargs:
-                _checks.fail(
+                checks.fail(
                     f"`SwitchFFN` sets `{argument}` itself; use `MoE` to choose it.",
                     **{argument: kwargs[argument]},
                 )

@@ -7,10 +7,10 @@ from typing import Any
 import keras
 from keras import layers
 
-from keras_moe import _checks
+from keras_moe.core import checks
+from keras_moe.core.types import Activation, Config, Tensor
 from keras_moe.layers import MoE
 from keras_moe.models.qk_norm_attention import QKNormAttention
-from keras_moe.types import Activation, Config, Tensor
 
 MakeLayer = Callable[[int], keras.layers.Layer]
 
@@ -102,16 +102,16 @@ def checked_sizes(
 ) -> dict[str, int]:
     """Checks sizes that fit together; `mlp_dim` is 4 `width` where it is None."""
     sizes = {
-        name: _checks.positive_int(name, value)
+        name: checks.positive_int(name, value)
         for name, value in (("width", width), ("depth", depth), ("num_heads", num_heads))
     }
     if sizes["width"] % sizes["num_heads"]:
-        _checks.fail(
+        checks.fail(
             "`width` must be a multiple of `num_heads`.",
             width=sizes["width"],
             num_heads=sizes["num_heads"],
         )
-    hidden = 4 * sizes["width"] if mlp_dim is None else _checks.positive_int("mlp_dim", mlp_dim)
+    hidden = 4 * sizes["width"] if mlp_dim is None else checks.positive_int("mlp_dim", mlp_dim)
     return {**sizes, "mlp_dim": hidden}
 
 
@@ -120,15 +120,15 @@ def checked_blocks(moe_layers: str | int | Sequence[int], depth: int) -> frozens
     if moe_layers == "last_half":
         return frozenset(range(depth - depth // 2, depth))
     if isinstance(moe_layers, int):
-        every = _checks.int_between("moe_layers", moe_layers, 1, depth, "depth")
+        every = checks.int_between("moe_layers", moe_layers, 1, depth, "depth")
         return frozenset(range(every - 1, depth, every))
     if isinstance(moe_layers, Sequence) and not isinstance(moe_layers, str):
         for block in moe_layers:
-            _checks.int_between("moe_layers", block, 0, depth - 1, "depth - 1")
+            checks.int_between("moe_layers", block, 0, depth - 1, "depth - 1")
         if len(set(moe_layers)) != len(moe_layers):
-            _checks.fail("`moe_layers` must name a block once.", moe_layers=moe_layers)
+            checks.fail("`moe_layers` must name a block once.", moe_layers=moe_layers)
         return frozenset(moe_layers)
-    _checks.fail(
+    checks.fail(
         "`moe_layers` must be 'last_half', an integer n for every n-th block, or a sequence of "
         "block indices.",
         moe_layers=moe_layers,
@@ -152,7 +152,7 @@ def mixture_factory(
     if isinstance(feed_forward, str) and feed_forward in mixtures:
         make, name = mixtures[feed_forward], feed_forward
         if "num_experts" not in (arguments or {}):
-            _checks.fail(
+            checks.fail(
                 f"`feed_forward_arguments` must give the `num_experts` of {name!r}.",
                 feed_forward_arguments=arguments,
             )
@@ -160,7 +160,7 @@ def mixture_factory(
             **{**defaults, **(arguments or {}), "name": f"block_{block}_{name}"}
         )
     if arguments is not None:
-        _checks.fail(
+        checks.fail(
             f"`feed_forward_arguments` belong to a `feed_forward` of the names {sorted(mixtures)}.",
             feed_forward=feed_forward,
             feed_forward_arguments=arguments,
@@ -168,7 +168,7 @@ def mixture_factory(
     if feed_forward == "dense":
         return None
     if isinstance(feed_forward, str | keras.layers.Layer) or not callable(feed_forward):
-        _checks.fail(
+        checks.fail(
             f"`feed_forward` must be one of {sorted(['dense', *mixtures])} or a function of the "
             "block's index that returns a new layer (one layer for all blocks would share its "
             "weights).",
@@ -180,11 +180,11 @@ def mixture_factory(
 def _checked_mixture(layer: Any, x: Tensor, token_ids: Tensor | None) -> Tensor:
     """Calls a block's feed-forward and checks that the residual can be added to what it returns."""
     if not isinstance(layer, keras.layers.Layer):
-        _checks.fail("`feed_forward` must return a Keras layer.", returned=layer)
+        checks.fail("`feed_forward` must return a Keras layer.", returned=layer)
     reads_ids = token_ids is not None and isinstance(layer, MoE) and layer.router.needs_token_ids
     y = layer(x, token_ids=token_ids) if reads_ids else layer(x)
     if getattr(y, "shape", None) != x.shape:
-        _checks.fail(
+        checks.fail(
             f"`feed_forward` must return a layer that keeps the shape {x.shape}.",
             **{"output shape": getattr(y, "shape", type(y).__name__)},
         )

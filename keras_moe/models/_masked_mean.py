@@ -5,7 +5,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_moe.types import Shape, Tensor
+from keras_moe.core.types import Shape, Tensor
 
 
 def masked_mean(x: Tensor, mask: Tensor, dtype: str) -> Tensor:

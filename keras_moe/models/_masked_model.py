@@ -5,7 +5,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_moe import _checks
+from keras_moe.core import checks
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -34,7 +34,7 @@ class MaskedModel(keras.Model):
         names = [name for name, spec in sorted(self.input.items()) if _holds_sequences(spec)]
         given = mask if isinstance(mask, dict) else {None: mask}
         if any(each is not None and name not in names for name, each in given.items()):
-            _checks.fail(
+            checks.fail(
                 f"`mask` must be a dict of inputs that are sequences of ids, of {names}, to masks.",
                 mask=mask,
             )

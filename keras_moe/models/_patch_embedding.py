@@ -5,8 +5,8 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_moe import _checks
-from keras_moe.types import Shape, Tensor
+from keras_moe.core import checks
+from keras_moe.core.types import Shape, Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -48,5 +48,5 @@ class PatchEmbedding(keras.layers.Conv2D):
 
     def _checked_mask(self, inputs: Tensor, mask: Tensor) -> Tensor:
         mask = ops.convert_to_tensor(mask)
-        _checks.mask_shape(self.name, inputs, mask)
+        checks.mask_shape(self.name, inputs, mask)
         return ops.cast(mask, "bool")

@@ -12,11 +12,11 @@ import keras
 import numpy as np
 from keras import layers
 
-from keras_moe import _checks
-from keras_moe.initializers import derived_seed
+from keras_moe.core import checks
+from keras_moe.core.initializers import derived_seed
+from keras_moe.core.types import Tensor
 from keras_moe.models.history_mean import HistoryMean
 from keras_moe.models.masked_embedding import MaskedEmbedding
-from keras_moe.types import Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Feature:
     def __post_init__(self) -> None:
         # Keras layers, which carry this name, refuse the slash.
         if not isinstance(self.name, str) or not self.name or "/" in self.name:
-            _checks.fail("`name` must be a non-empty string without slashes.", name=self.name)
+            checks.fail("`name` must be a non-empty string without slashes.", name=self.name)
 
     @property
     def is_regularized(self) -> bool:
@@ -76,8 +76,8 @@ class Categorical(Feature):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _checks.positive_int("size", self.size)
-        _checks.positive_int("dim", self.dim)
+        checks.positive_int("size", self.size)
+        checks.positive_int("dim", self.dim)
 
     @property
     def is_regularized(self) -> bool:
@@ -123,7 +123,7 @@ class History(Feature):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _checks.positive_int("length", self.length)
+        checks.positive_int("length", self.length)
 
     @property
     def is_regularized(self) -> bool:
@@ -155,8 +155,8 @@ class MultiHot(Feature):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _checks.positive_int("size", self.size)
-        _checks.positive_int("dim", self.dim)
+        checks.positive_int("size", self.size)
+        checks.positive_int("dim", self.dim)
 
     def input(self) -> Tensor:
         return keras.Input((self.size,), name=self.name)
@@ -192,9 +192,9 @@ class Numeric(Feature):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _checks.positive_int("size", self.size)
+        checks.positive_int("size", self.size)
         if (self.mean is None) != (self.variance is None):
-            _checks.fail(
+            checks.fail(
                 "`mean` and `variance` must be given both or neither.",
                 mean=self.mean,
                 variance=self.variance,
@@ -208,7 +208,7 @@ class Numeric(Feature):
         is_wrong = numbers.shape not in ((), (self.size,)) or not np.isfinite(numbers).all()
         if is_wrong or (name == "variance" and (numbers < 0).any()):
             kind = "finite numbers" if name == "mean" else "finite numbers of at least 0"
-            _checks.fail(f"`{name}` must be {kind}, one or size={self.size}.", **{name: value})
+            checks.fail(f"`{name}` must be {kind}, one or size={self.size}.", **{name: value})
         return tuple(np.broadcast_to(numbers, (self.size,)).tolist())
 
     def input(self) -> Tensor:

@@ -5,9 +5,9 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_moe import _checks
+from keras_moe.core import checks
+from keras_moe.core.types import Shape, Tensor
 from keras_moe.models._masked_mean import masked_mean
-from keras_moe.types import Shape, Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -46,7 +46,7 @@ class HistoryMean(keras.layers.Layer):
     def build(self, input_shape: Any) -> None:
         vectors, ids = (tuple(shape) for shape in input_shape)
         if len(vectors) != 3 or len(ids) != 2:
-            _checks.fail("`HistoryMean` expects [(batch, n, d), (batch, n)].", shapes=input_shape)
+            checks.fail("`HistoryMean` expects [(batch, n, d), (batch, n)].", shapes=input_shape)
 
     def call(self, inputs: Any, mask: Any = None) -> Tensor:
         vectors, ids = inputs

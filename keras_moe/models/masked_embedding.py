@@ -5,8 +5,8 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_moe import _checks
-from keras_moe.types import Config, Tensor
+from keras_moe.core import checks
+from keras_moe.core.types import Config, Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -50,13 +50,13 @@ class MaskedEmbedding(keras.layers.Embedding):
         self, input_dim: int, output_dim: int, padding_id: int | None = None, **kwargs: Any
     ) -> None:
         if "mask_zero" in kwargs:
-            _checks.fail(
+            checks.fail(
                 "`padding_id` must say which id is padding, 0 in place of `mask_zero=True`.",
                 mask_zero=kwargs["mask_zero"],
             )
         super().__init__(input_dim, output_dim, **kwargs)
         if padding_id is not None:
-            _checks.int_between("padding_id", padding_id, 0, input_dim - 1, "input_dim - 1")
+            checks.int_between("padding_id", padding_id, 0, input_dim - 1, "input_dim - 1")
             padding_id = int(padding_id)
         self.padding_id = padding_id
         self.supports_masking = True
@@ -68,7 +68,7 @@ class MaskedEmbedding(keras.layers.Embedding):
             return None
         if mask is not None:
             mask = ops.convert_to_tensor(mask)
-            _checks.mask_of_ids(self.name, inputs, mask)
+            checks.mask_of_ids(self.name, inputs, mask)
             mask = ops.cast(mask, "bool")
         if self.padding_id is None:
             return mask

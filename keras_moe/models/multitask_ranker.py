@@ -9,13 +9,13 @@ import keras
 import numpy as np
 from keras import layers
 
-from keras_moe import _checks
-from keras_moe.initializers import derived_seed
+from keras_moe.core import checks
+from keras_moe.core.initializers import derived_seed
+from keras_moe.core.types import Activation, Tensor
 from keras_moe.layers import MMoE
-from keras_moe.layers.experts import checked_units
+from keras_moe.layers.expert_mlp import checked_units
 from keras_moe.models._masked_model import MaskedModel
 from keras_moe.models.features import Categorical, Feature, History
-from keras_moe.types import Activation, Tensor
 
 _TASK_ACTIVATIONS = {"binary": "sigmoid", "regression": "linear"}
 _TRUNKS = ("mmoe", "shared_bottom")
@@ -109,15 +109,15 @@ def multitask_ranker(
     """
     features = _checked_features(features)
     tasks = _checked_tasks(tasks, features)
-    _checks.one_of("trunk", trunk, _TRUNKS)
-    _checks.positive_int("num_experts", num_experts)
+    checks.one_of("trunk", trunk, _TRUNKS)
+    checks.positive_int("num_experts", num_experts)
     shared_widths = _optional_units("shared_units", shared_units)
     expert_widths = checked_units("expert_units", expert_units)
     tower_widths = _optional_units("tower_units", tower_units)
-    dropout = _checks.rate("dropout", dropout)
-    gate_dropout = _checks.rate("gate_dropout", gate_dropout)
-    embedding_l2 = _checks.non_negative("embedding_l2", embedding_l2)
-    seed = _checks.optional(_checks.integer, "seed", seed)
+    dropout = checks.rate("dropout", dropout)
+    gate_dropout = checks.rate("gate_dropout", gate_dropout)
+    embedding_l2 = checks.non_negative("embedding_l2", embedding_l2)
+    seed = checks.optional(checks.integer, "seed", seed)
     starts = _checked_starts(initial_predictions, tasks)
 
     def dense(units: int, layer_name: str, **arguments: Any) -> layers.Dense:
@@ -195,13 +195,13 @@ def _is_regularized(feature: Feature, features: Sequence[Feature]) -> bool:
 def _product(pair: tuple[str, str], vectors: Mapping[str, Tensor]) -> Tensor:
     is_pair = isinstance(pair, Sequence) and not isinstance(pair, str) and len(pair) == 2
     if not is_pair or any(name not in vectors for name in pair):
-        _checks.fail(
+        checks.fail(
             f"`interactions` must be pairs of names of features, of {sorted(vectors)}.",
             interaction=pair,
         )
     widths = tuple(vectors[name].shape[-1] for name in pair)
     if widths[0] != widths[1]:
-        _checks.fail(
+        checks.fail(
             "`interactions` must be pairs of vectors of equal width.",
             interaction=tuple(pair),
             widths=widths,
@@ -252,17 +252,17 @@ def _optional_units(name: str, units: int | Sequence[int]) -> tuple[int, ...]:
 def _checked_features(features: Any) -> tuple[Feature, ...]:
     is_sequence = isinstance(features, Sequence) and len(features) > 0
     if not is_sequence or not all(isinstance(feature, Feature) for feature in features):
-        _checks.fail(
+        checks.fail(
             "`features` must be a sequence of `keras_moe.models.features` records.",
             features=features,
         )
     names = [feature.name for feature in features]
     if len(set(names)) != len(names):
-        _checks.fail("`features` must have distinct names.", names=names)
+        checks.fail("`features` must have distinct names.", names=names)
     tables = [feature.name for feature in features if isinstance(feature, Categorical)]
     for feature in features:
         if isinstance(feature, History) and feature.of not in tables:
-            _checks.fail(
+            checks.fail(
                 f"`of` must name a `Categorical` feature, of {sorted(tables)}.",
                 name=feature.name,
                 of=feature.of,
@@ -273,15 +273,15 @@ def _checked_features(features: Any) -> tuple[Feature, ...]:
 def _checked_tasks(tasks: Any, features: Sequence[Feature]) -> dict[str, str]:
     kinds = sorted(_TASK_ACTIVATIONS)
     if not isinstance(tasks, Mapping) or not tasks:
-        _checks.fail(f"`tasks` must be a dict of names to kinds, of {kinds}.", tasks=tasks)
+        checks.fail(f"`tasks` must be a dict of names to kinds, of {kinds}.", tasks=tasks)
     for task, kind in tasks.items():
         if not isinstance(task, str) or not task or "/" in task:
-            _checks.fail("`tasks` must have non-empty names without slashes.", task=task)
+            checks.fail("`tasks` must have non-empty names without slashes.", task=task)
         if kind not in kinds:
-            _checks.fail(f"`tasks` must be of one of the kinds {kinds}.", **{task: kind})
+            checks.fail(f"`tasks` must be of one of the kinds {kinds}.", **{task: kind})
     shared = sorted(set(tasks) & {feature.name for feature in features})
     if shared:
-        _checks.fail("`tasks` and `features` must have different names.", in_both=shared)
+        checks.fail("`tasks` and `features` must have different names.", in_both=shared)
     return dict(tasks)
 
 
@@ -289,7 +289,7 @@ def _checked_starts(starts: Any, tasks: Mapping[str, str]) -> dict[str, float]:
     """The biases that make the initial predictions."""
     starts = {} if starts is None else starts
     if not isinstance(starts, Mapping) or not set(starts) <= set(tasks):
-        _checks.fail(
+        checks.fail(
             f"`initial_predictions` must be a dict of tasks, of {sorted(tasks)}, to numbers.",
             initial_predictions=starts,
         )
@@ -299,7 +299,7 @@ def _checked_starts(starts: Any, tasks: Mapping[str, str]) -> dict[str, float]:
         is_binary = tasks[task] == "binary"
         if not is_number or (is_binary and not 0 < start < 1):
             expected = "probabilities between 0 and 1" if is_binary else "finite numbers"
-            _checks.fail(
+            checks.fail(
                 f"`initial_predictions` of {tasks[task]} tasks must be {expected}.",
                 **{task: start},
             )

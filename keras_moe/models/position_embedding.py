@@ -5,8 +5,8 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_moe import _checks
-from keras_moe.types import Config, InitializerLike, Shape, Tensor
+from keras_moe.core import checks
+from keras_moe.core.types import Config, InitializerLike, Shape, Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -62,7 +62,7 @@ class PositionEmbedding(keras.layers.Layer):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.max_length = _checks.optional(_checks.positive_int, "max_length", max_length)
+        self.max_length = checks.optional(checks.positive_int, "max_length", max_length)
         if initializer is None:
             initializer = keras.initializers.RandomNormal(stddev=0.02)
         self.initializer = keras.initializers.get(initializer)
@@ -73,7 +73,7 @@ class PositionEmbedding(keras.layers.Layer):
         shape = tuple(input_shape)
         length = self.max_length or (shape[1] if len(shape) == 3 else None)
         if len(shape) != 3 or length is None or shape[2] is None:
-            _checks.fail("`PositionEmbedding` expects inputs (batch, n, d), n known.", shape=shape)
+            checks.fail("`PositionEmbedding` expects inputs (batch, n, d), n known.", shape=shape)
         self.positions = self.add_weight(
             name="positions",
             shape=(length, shape[2]),
@@ -86,7 +86,7 @@ class PositionEmbedding(keras.layers.Layer):
         if self.max_length is not None:
             length = inputs.shape[1]
             if length is not None and length > self.max_length:
-                _checks.fail(
+                checks.fail(
                     f"Inputs must have at most max_length={self.max_length} places.", n=length
                 )
             positions = positions[: ops.shape(inputs)[1]]

@@ -4,8 +4,8 @@ from typing import Any
 
 import keras
 
+from keras_moe.core.types import Shape, Tensor
 from keras_moe.layers.freezing import freeze_parts
-from keras_moe.types import Shape, Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")

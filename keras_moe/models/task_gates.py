@@ -5,11 +5,11 @@ from typing import Any, Self
 
 import keras
 
-from keras_moe import _checks
-from keras_moe._mixtures import named_layers, one_layer
+from keras_moe.core import checks
+from keras_moe.core.types import Config, Tensor
+from keras_moe.inspection.mixtures import named_layers, one_layer
+from keras_moe.inspection.recording import listening
 from keras_moe.layers import MMoE
-from keras_moe.recording import listening
-from keras_moe.types import Config, Tensor
 
 
 def task_gates(model: keras.layers.Layer, layer: str | None = None) -> keras.Model:
@@ -72,7 +72,7 @@ class _TaskGates(keras.Model):
         with listening(mmoe, lambda record: weights.append(record.weights)):
             self.model(inputs, training=training, **masks)
         if not weights:
-            _checks.fail("`model` must call its `MMoE`.", model=self.model.name, layer=self.layer)
+            checks.fail("`model` must call its `MMoE`.", model=self.model.name, layer=self.layer)
         return weights[0] if len(weights) == 1 else weights
 
     def compute_mask(self, inputs: Any, previous_mask: Any) -> None:

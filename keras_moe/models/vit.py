@@ -6,14 +6,14 @@ from typing import Any
 import keras
 from keras import layers
 
-from keras_moe import _checks
+from keras_moe.core import checks
+from keras_moe.core.types import Activation
 from keras_moe.layers import MoE, SoftMoE, SwitchFFN
 from keras_moe.models import _blocks
 from keras_moe.models._masked_mean import MaskedMean
 from keras_moe.models._masked_model import MaskedModel
 from keras_moe.models._patch_embedding import PatchEmbedding
 from keras_moe.models.position_embedding import PositionEmbedding
-from keras_moe.types import Activation
 
 VIT_SIZES: dict[str, dict[str, int]] = {
     # Ti and S: Touvron et al. 2020 (DeiT), table 1; B, L and H: Dosovitskiy et al. 2020, table 1.
@@ -120,8 +120,8 @@ def vit(
     _check_patches(input_shape, patch_size)
     sizes = _checked_sizes(size, width=width, depth=depth, num_heads=num_heads, mlp_dim=mlp_dim)
     if num_classes is not None:
-        _checks.positive_int("num_classes", num_classes)
-    dropout = _checks.rate("dropout", dropout)
+        checks.positive_int("num_classes", num_classes)
+    dropout = checks.rate("dropout", dropout)
     blocks = _blocks.Blocks(
         depth=sizes["depth"],
         num_heads=sizes["num_heads"],
@@ -166,16 +166,16 @@ def vit(
 
 def _check_patches(input_shape: Sequence[int], patch_size: int) -> None:
     """Checks that an image divides into patches."""
-    _checks.positive_int("patch_size", patch_size)
+    checks.positive_int("patch_size", patch_size)
     shape = tuple(input_shape)
     if len(shape) != 3 or not all(isinstance(side, int) and side > 0 for side in shape):
-        _checks.fail(
+        checks.fail(
             "`input_shape` must be (height, width, channels), positive integers.",
             input_shape=input_shape,
         )
     height, width, _ = shape
     if height % patch_size or width % patch_size:
-        _checks.fail(
+        checks.fail(
             f"`input_shape` must divide into whole patches of {patch_size} x {patch_size} pixels "
             f"(`patch_size`).",
             input_shape=shape,
@@ -187,9 +187,9 @@ def _checked_sizes(size: str | None, **given: int | None) -> dict[str, int]:
     """Returns width, depth, num_heads and mlp_dim, from what was given or else from the size."""
     sizes = dict(given)
     if size is not None:
-        named = VIT_SIZES[_checks.one_of("size", size, VIT_SIZES)]
+        named = VIT_SIZES[checks.one_of("size", size, VIT_SIZES)]
         sizes = {part: named[part] if value is None else value for part, value in sizes.items()}
     for part in ("width", "depth", "num_heads"):
         if sizes[part] is None:
-            _checks.fail(f"`{part}` must be a positive integer where `size` is None.", **sizes)
+            checks.fail(f"`{part}` must be a positive integer where `size` is None.", **sizes)
     return _blocks.checked_sizes(**sizes)

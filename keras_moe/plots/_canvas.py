@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_moe._optional import import_of_extra
+from keras_moe.core.optional import import_of_extra
 
 # Perceptually even, and told apart by the colour-blind and in grey.
 AMOUNT = "cividis"

@@ -5,10 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from keras_moe import _checks
-from keras_moe._mixtures import one_layer
-from keras_moe.plots._canvas import heat_map, new_figure, numbered
-from keras_moe.plots._records import (
+from keras_moe.core import checks
+from keras_moe.inspection.mixtures import one_layer
+from keras_moe.inspection.records import (
     GATES,
     SOFT,
     SPARSE,
@@ -17,6 +16,7 @@ from keras_moe.plots._records import (
     records_of,
     used_by_example,
 )
+from keras_moe.plots._canvas import heat_map, new_figure, numbered
 
 
 def class_by_expert(
@@ -53,7 +53,7 @@ def class_by_expert(
     used = used_by_example(record)
     labels = np.asarray(y).reshape(-1)
     if len(labels) != len(used) or not np.issubdtype(labels.dtype, np.integer):
-        _checks.fail(
+        checks.fail(
             f"`y` must have one integer class for each of {len(used)} examples.",
             shape=np.asarray(y).shape,
         )

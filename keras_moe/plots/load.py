@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from keras_moe import _checks
+from keras_moe.core import checks
+from keras_moe.inspection.records import SPARSE, records_of, takers_of
 from keras_moe.plots._canvas import heat_map, new_figure, numbered
-from keras_moe.plots._records import SPARSE, records_of, takers_of
 
 
 def expert_load(model: Any, x: Any, *, batch_size: int = 256) -> Any:
@@ -30,7 +30,7 @@ def expert_load(model: Any, x: Any, *, batch_size: int = 256) -> Any:
         taken = takers_of(record).reshape(-1, record.layer.num_experts)
         shares[name] = taken.mean(axis=0) / max(taken.mean(), 1e-12)
     if not shares:
-        _checks.fail("`model` must have a layer that sends tokens to experts.", model=model.name)
+        checks.fail("`model` must have a layer that sends tokens to experts.", model=model.name)
     return draw_load(shares, "load over the mean")
 
 
@@ -63,7 +63,7 @@ def load_over_time(path: str | Path) -> Any:
     lines = Path(path).read_text(encoding="utf-8").splitlines()
     epochs = [json.loads(line)["counts"] for line in lines]
     if not epochs:
-        _checks.fail("`path` must be a file with at least one epoch.", path=str(path))
+        checks.fail("`path` must be a file with at least one epoch.", path=str(path))
     names = list(epochs[0])
     figure = new_figure(max(6.0, 0.25 * len(epochs) + 3.0), 2.4 * len(names) + 0.6)
     panels = figure.subplots(len(names), 1, squeeze=False)[:, 0]

@@ -4,9 +4,9 @@ from typing import Any
 
 import numpy as np
 
-from keras_moe._mixtures import named_layers, one_layer
+from keras_moe.inspection.mixtures import named_layers, one_layer
+from keras_moe.inspection.records import SPARSE, Record, records_of, takers_of
 from keras_moe.plots._canvas import heat_map, new_figure, numbered
-from keras_moe.plots._records import SPARSE, Record, records_of, takers_of
 
 _MOST_INCHES = 12.0
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from keras_moe import _checks
+from keras_moe.core import checks
+from keras_moe.inspection.records import check_by_example, expert_weights, weights_of
 from keras_moe.plots._canvas import FILLS, expert_colours, new_figure
-from keras_moe.plots._records import check_by_example, expert_weights, weights_of
 
 _SIDE = 1.35  # inches of a panel
 _MOST_NUMBERS = 12  # patches in a row with room for a number
@@ -52,9 +52,9 @@ def patch_experts(
         ValueError: on an unknown layer, one whose inputs have other things than the examples on
             their first axis, pictures that are none, or tokens that fill no grid.
     """
-    _checks.positive_int("columns", columns)
+    checks.positive_int("columns", columns)
     if pictures is None and not hasattr(images, "shape"):
-        _checks.fail(
+        checks.fail(
             "`pictures` must be given where the model's inputs are not one array of images.",
             pictures=None,
         )
@@ -63,7 +63,7 @@ def patch_experts(
     check_by_example(name, record, images)
     weights = weights_of(record)
     if len(shown) != len(weights) or (titles is not None and len(titles) != len(shown)):
-        _checks.fail(
+        checks.fail(
             f"`pictures` and `titles` must have one entry for each of {len(weights)} images.",
             pictures=len(shown),
             titles=None if titles is None else len(titles),
@@ -109,7 +109,7 @@ def _as_pictures(images: Any) -> Any:
     if images.ndim == 3:
         images = images[..., None]
     if images.ndim != 4 or images.shape[-1] not in (1, 3) or not images.size:
-        _checks.fail(
+        checks.fail(
             "`pictures` must be images of 1 or 3 channels, (n, height, width, channels), where the "
             "model's inputs are none.",
             shape=images.shape,
@@ -127,7 +127,7 @@ def _on_grid(weights: Any, grid: tuple[int, int] | None, size: tuple[int, int]) 
     tokens = weights.shape[1]
     rows, columns = grid or _grid_like(tokens, size)
     if not 0 < rows * columns <= tokens:
-        _checks.fail(
+        checks.fail(
             f"`patch_grid` must be rows and columns of at most the {tokens} tokens.",
             patch_grid=grid,
         )

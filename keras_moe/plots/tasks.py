@@ -4,9 +4,9 @@ from typing import Any
 
 import numpy as np
 
-from keras_moe._mixtures import one_layer
+from keras_moe.inspection.mixtures import one_layer
+from keras_moe.inspection.records import GATES, Record, records_of
 from keras_moe.plots._canvas import COLOURS, new_figure, numbered
-from keras_moe.plots._records import GATES, Record, records_of
 
 
 def task_gates(model: Any, x: Any, *, layer: str | None = None, batch_size: int = 256) -> Any:

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from keras_moe import _checks
+from keras_moe.core import checks
+from keras_moe.inspection.records import expert_weights, weights_of
 from keras_moe.plots._canvas import FILLS, expert_colours, new_figure, tint
-from keras_moe.plots._records import expert_weights, weights_of
 
 # In points, 1/72 inch, as fonts are.
 _FONT = 11.0
@@ -65,19 +65,19 @@ def token_experts(
     Raises:
         ValueError: on an unknown layer, or where there is not a text for each token.
     """
-    _checks.positive_int("choices", choices)
-    _checks.positive_int("line_width", line_width)
+    checks.positive_int("choices", choices)
+    checks.positive_int("line_width", line_width)
     name, record = expert_weights(model, tokens, layer, batch_size=1)
     weights = weights_of(record)
     weights = weights.reshape(-1, weights.shape[-1])
     if len(texts) != len(weights):
-        _checks.fail(
+        checks.fail(
             f"`texts` must have one string for each of the {len(weights)} tokens that {name!r} "
             "decides about.",
             **{"len(texts)": len(texts)},
         )
     if most is not None:
-        texts, weights = texts[:most], weights[: _checks.positive_int("most", most)]
+        texts, weights = texts[:most], weights[: checks.positive_int("most", most)]
     order = np.argsort(-weights, axis=-1, kind="stable")[:, :choices]
     order = order[:, : max(int((weights > 0).sum(axis=-1).max()), 1)]
     digits = len(str(weights.shape[-1] - 1))

@@ -7,8 +7,8 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_moe import _checks
-from keras_moe.plots._records import example_count
+from keras_moe.core import checks
+from keras_moe.inspection.records import example_count
 
 
 def gather(data: Any, max_examples: int) -> tuple[Any, Any]:
@@ -34,7 +34,7 @@ def gather(data: Any, max_examples: int) -> tuple[Any, Any]:
         if total >= max_examples:
             break
     if not total:
-        _checks.fail("`data` must have at least one example.", data=type(data).__name__)
+        checks.fail("`data` must have at least one example.", data=type(data).__name__)
     x, y = keras.tree.map_structure(
         lambda *parts: np.concatenate(parts)[:max_examples], *found, none_is_leaf=False
     )
@@ -53,5 +53,5 @@ def _batches(data: Any) -> Iterator[Any]:
     if is_tensor or isinstance(data, dict | list):  # a list of inputs; of a loader it is a tuple
         return iter([(data,)])
     if not isinstance(data, Iterable):
-        _checks.fail("`data` must be arrays or give batches of them.", data=type(data).__name__)
+        checks.fail("`data` must be arrays or give batches of them.", data=type(data).__name__)
     return iter(data)

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from keras_moe import _checks
+from keras_moe.core import checks
 
 _MOST = 40  # rows of a picture
 
@@ -36,7 +36,7 @@ def labels_of(
             return None
     labels = np.asarray(labels)
     if labels.size < count or labels.size != len(labels):
-        _checks.fail(
+        checks.fail(
             f"`labels` must have one entry for each of {count} examples.", shape=labels.shape
         )
     labels = labels.reshape(-1)[:count]

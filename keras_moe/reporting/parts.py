@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from keras_moe.callbacks.health import amounts_of
-from keras_moe.plots import load_over_time, patch_experts, token_experts
-from keras_moe.plots._records import (
+from keras_moe.inspection.health import amounts_of
+from keras_moe.inspection.records import (
     Record,
     example_count,
     examples_at,
@@ -18,6 +17,7 @@ from keras_moe.plots._records import (
     used_by_example,
     weights_of,
 )
+from keras_moe.plots import load_over_time, patch_experts, token_experts
 from keras_moe.plots.classes import draw_classes, unit_of
 from keras_moe.plots.load import draw_load
 from keras_moe.plots.pairs import draw_pairs, draw_slots

@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from keras_moe import _checks
-from keras_moe._mixtures import named_layers
+from keras_moe.core import checks
+from keras_moe.inspection.mixtures import named_layers
+from keras_moe.inspection.recording import count_routing
+from keras_moe.inspection.records import GATES, SOFT, SPARSE, example_count, records_of
 from keras_moe.plots._canvas import new_figure
-from keras_moe.plots._records import GATES, SOFT, SPARSE, example_count, records_of
-from keras_moe.recording import count_routing
 from keras_moe.reporting import page, tables
 from keras_moe.reporting.gather import gather
 from keras_moe.reporting.labels import labels_of
@@ -86,9 +86,9 @@ def report(
     'experts.html'
     """
     new_figure(1.0, 1.0)  # says what to install before the work begins
-    _checks.keras_layer("model", model)
-    _checks.positive_int("batch_size", batch_size)
-    x, y = gather(data, _checks.positive_int("max_examples", max_examples))
+    checks.keras_layer("model", model)
+    checks.positive_int("batch_size", batch_size)
+    x, y = gather(data, checks.positive_int("max_examples", max_examples))
     count = example_count(x)
     findings = Findings(
         model=model,

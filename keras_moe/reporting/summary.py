@@ -4,9 +4,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from keras_moe.callbacks.alarms import alarms, can_be_judged
-from keras_moe.callbacks.health import Counts, amounts_of, health
-from keras_moe.tuning.active_parameters import active_parameters
+from keras_moe.flops.active_parameters import active_parameters
+from keras_moe.inspection.alarms import alarms, can_be_judged
+from keras_moe.inspection.health import Counts, amounts_of, health
 
 HEALTHY = "No alarm."
 UNJUDGED = "Too few tokens to judge: chance alone leaves experts out."

@@ -5,11 +5,11 @@ from typing import Any
 
 import keras
 
-from keras_moe.callbacks.health import NAMES
+from keras_moe.flops.active_parameters import active_parameters
+from keras_moe.inspection.health import NAMES
 from keras_moe.reporting import page
 from keras_moe.reporting.labels import Labels
 from keras_moe.reporting.summary import MEANINGS, Summary, all_parameters
-from keras_moe.tuning.active_parameters import active_parameters
 from keras_moe.version import __version__
 
 

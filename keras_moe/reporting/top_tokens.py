@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from keras_moe import _checks
+from keras_moe.core import checks
 
 _MOST = 12
 
@@ -44,7 +44,7 @@ def _token_ids(x: Any) -> Any:
     for array in arrays:
         if array.ndim == 2 and np.issubdtype(array.dtype, np.integer):
             return array
-    _checks.fail(
+    checks.fail(
         "`vocabulary` needs inputs that are ids of tokens, integers (n, T).",
         shapes=[array.shape for array in arrays],
     )

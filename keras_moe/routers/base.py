@@ -6,14 +6,14 @@ from typing import Any, ClassVar
 import keras
 from keras import ops
 
-from keras_moe import _checks
-from keras_moe._numerics import softmax
-from keras_moe._seeds import SavesSeed
-from keras_moe.initializers import FiniteInitializer
+from keras_moe.core import checks
+from keras_moe.core.initializers import FiniteInitializer
+from keras_moe.core.numerics import softmax
+from keras_moe.core.records import Routing
+from keras_moe.core.seeds import SavesSeed
+from keras_moe.core.types import Config, ConstraintLike, InitializerLike, RegularizerLike, Tensor
 from keras_moe.routers import losses
 from keras_moe.routers.selection import load_of
-from keras_moe.routing import Routing
-from keras_moe.types import Config, ConstraintLike, InitializerLike, RegularizerLike, Tensor
 
 # Left out of the record where nobody asks for them: each takes a pass over the tokens.
 _ONLY_WHERE_ON = ("sequence_balance", "local_entropy", "global_entropy")
@@ -65,11 +65,11 @@ class Router(SavesSeed):
         refuse_arguments_of_others(type(self), kwargs)
         kwargs["dtype"] = "float32"  # bfloat16 logits change the choice of 1 to 5 % of tokens
         super().__init__(**kwargs)
-        self.num_experts = _checks.positive_int("num_experts", num_experts)
-        self.top_k = _checks.int_between("top_k", top_k, 1, self.num_experts, "num_experts")
+        self.num_experts = checks.positive_int("num_experts", num_experts)
+        self.top_k = checks.int_between("top_k", top_k, 1, self.num_experts, "num_experts")
         self.experts_per_token = self.top_k  # that are computed, on average
         self.loss_weights = self._coefficients(losses)
-        self.seed = _checks.optional(_checks.integer, "seed", seed)
+        self.seed = checks.optional(checks.integer, "seed", seed)
         self.seed_generator = keras.random.SeedGenerator(seed) if self.draws_noise else None
         self.supports_masking = True
 
@@ -79,11 +79,11 @@ class Router(SavesSeed):
         if not isinstance(losses, Mapping) or not set(losses) <= set(self.LOSSES):
             name = type(self).__name__
             known = f"some of {sorted(self.LOSSES)}" if self.LOSSES else "nothing: it has none"
-            _checks.fail(
+            checks.fail(
                 f"`losses` of `{name}` must be a dict of coefficients of {known}.", losses=losses
             )
         weights = {
-            name: _checks.non_negative(f"losses[{name!r}]", losses.get(name, default))
+            name: checks.non_negative(f"losses[{name!r}]", losses.get(name, default))
             for name, default in self.LOSSES.items()
         }
         return {name: w for name, w in weights.items() if w or name not in _ONLY_WHERE_ON}
@@ -269,7 +269,7 @@ class LinearRouter(Router):
         **kwargs: Any,
     ) -> None:
         super().__init__(num_experts, top_k, losses=losses, seed=seed, **kwargs)
-        self.jitter = _checks.rate("jitter", jitter)
+        self.jitter = checks.rate("jitter", jitter)
         if self.jitter and self.seed_generator is None:
             self.seed_generator = keras.random.SeedGenerator(seed)
         self.kernel_initializer = keras.initializers.get(
@@ -281,7 +281,7 @@ class LinearRouter(Router):
         self.kernel_constraint = keras.constraints.get(kernel_constraint)
 
     def build(self, input_shape: Any) -> None:
-        width = _checks.token_shape(type(self).__name__, tuple(input_shape))
+        width = checks.token_shape(type(self).__name__, tuple(input_shape))
         self.kernel = self.add_weight(
             name="kernel",
             shape=(width, self.num_experts),
@@ -340,16 +340,16 @@ def refuse_arguments_of_others(router: type[Router], kwargs: dict[str, Any]) -> 
         if name.endswith("_weight"):
             loss = name.removesuffix("_weight")
             has = sorted(router.LOSSES)
-            _checks.fail(
+            checks.fail(
                 f"`{router.__name__}` takes the coefficients of its losses as a dict: "
                 + (f"`losses={{{loss!r}: ...}}`." if loss in has else f"of {has}, without {loss}."),
                 **{name: value},
             )
         if name in ("top_k", "jitter", "seed") or name.startswith("kernel_"):
-            _checks.fail(f"`{router.__name__}` has no use for `{name}`.", **{name: value})
+            checks.fail(f"`{router.__name__}` has no use for `{name}`.", **{name: value})
 
 
 def refuse_top_k(router: type[Router], kwargs: dict[str, Any]) -> None:
     """Fails where a router that fixes its number of experts per token is given one."""
     if "top_k" in kwargs:
-        _checks.fail(f"`{router.__name__}` has no use for `top_k`.", top_k=kwargs["top_k"])
+        checks.fail(f"`{router.__name__}` has no use for `top_k`.", top_k=kwargs["top_k"])

@@ -5,13 +5,13 @@ from typing import Any, ClassVar
 import keras
 from keras import ops
 
-from keras_moe import _checks
-from keras_moe._numerics import normal_cdf, softmax
+from keras_moe.core import checks
+from keras_moe.core.numerics import normal_cdf, softmax
+from keras_moe.core.records import Routing
+from keras_moe.core.types import Config, Tensor
 from keras_moe.routers import losses
 from keras_moe.routers.noisy import NoisyRouter
 from keras_moe.routers.selection import pick, select_top_k
-from keras_moe.routing import Routing
-from keras_moe.types import Config, Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -61,7 +61,7 @@ class BatchPriorityRouter(NoisyRouter):
         **kwargs: Any,
     ) -> None:
         super().__init__(num_experts, top_k, **kwargs)
-        self.noise_std = _checks.optional(_checks.non_negative, "noise_std", noise_std)
+        self.noise_std = checks.optional(checks.non_negative, "noise_std", noise_std)
 
     def call(
         self, inputs: Tensor, mask: Tensor | None = None, training: bool | None = None

@@ -4,9 +4,9 @@ from typing import Any, ClassVar
 
 import keras
 
+from keras_moe.core.types import Config, Tensor
 from keras_moe.routers.base import LinearRouter, refuse_top_k
 from keras_moe.routers.selection import all_experts
-from keras_moe.types import Config, Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")

@@ -7,14 +7,14 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_moe import _checks
-from keras_moe._numerics import softmax
-from keras_moe.initializers import FiniteInitializer
+from keras_moe.core import checks
+from keras_moe.core.initializers import FiniteInitializer
+from keras_moe.core.numerics import softmax
+from keras_moe.core.records import Routing
+from keras_moe.core.types import Config, InitializerLike, Tensor
 from keras_moe.routers.base import LinearRouter
 from keras_moe.routers.losses import masked_sum, token_count
 from keras_moe.routers.selection import all_experts
-from keras_moe.routing import Routing
-from keras_moe.types import Config, InitializerLike, Tensor
 
 _TINY = 1e-20
 
@@ -68,13 +68,13 @@ class DSelectKRouter(LinearRouter):
         kernel_initializer: InitializerLike = None,
         **kwargs: Any,
     ) -> None:
-        gamma = _checks.positive("gamma", gamma)
+        gamma = checks.positive("gamma", gamma)
         if kernel_initializer is None:
             near = gamma / 100.0
             kernel_initializer = keras.initializers.RandomUniform(-near, near)
         super().__init__(num_experts, num_experts, kernel_initializer=kernel_initializer, **kwargs)
-        self.num_selectors = _checks.int_between(
-            "top_k", _checks.positive_int("top_k", top_k), 1, self.num_experts, "num_experts"
+        self.num_selectors = checks.int_between(
+            "top_k", checks.positive_int("top_k", top_k), 1, self.num_experts, "num_experts"
         )
         self.static = bool(static)
         self.gamma = gamma
@@ -83,7 +83,7 @@ class DSelectKRouter(LinearRouter):
         self.loss_weights = {**self.loss_weights, "unused": 0.0 if is_full else 1.0}
 
     def build(self, input_shape: Any) -> None:
-        width = _checks.token_shape("DSelectKRouter", tuple(input_shape))
+        width = checks.token_shape("DSelectKRouter", tuple(input_shape))
         leading = () if self.static else (width,)
         glorot = keras.initializers.GlorotUniform(self.seed)
         for name, size, initializer in (

@@ -4,10 +4,10 @@ from typing import Any, ClassVar
 
 import keras
 
-from keras_moe import _checks
+from keras_moe.core import checks
+from keras_moe.core.types import Config, Tensor
 from keras_moe.routers.base import LinearRouter
 from keras_moe.routers.selection import all_experts
-from keras_moe.types import Config, Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -46,8 +46,8 @@ class ExpertChoiceRouter(LinearRouter):
 
     def __init__(self, num_experts: int, top_k: int = 2, **kwargs: Any) -> None:
         super().__init__(num_experts, num_experts, **kwargs)
-        self.experts_per_token = _checks.int_between(
-            "top_k", _checks.positive_int("top_k", top_k), 1, self.num_experts, "num_experts"
+        self.experts_per_token = checks.int_between(
+            "top_k", checks.positive_int("top_k", top_k), 1, self.num_experts, "num_experts"
         )
 
     def looks_ahead(self, has_capacity: bool) -> str | None:

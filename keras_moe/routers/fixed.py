@@ -5,11 +5,11 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_moe.initializers import derived_seed
+from keras_moe.core.initializers import derived_seed
+from keras_moe.core.records import Routing
+from keras_moe.core.types import Config, Tensor
 from keras_moe.routers.base import Router, refuse_arguments_of_others
 from keras_moe.routers.selection import all_experts, select_top_k
-from keras_moe.routing import Routing
-from keras_moe.types import Config, Tensor
 
 
 class FixedRouter(Router):

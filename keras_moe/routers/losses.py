@@ -8,8 +8,8 @@ import math
 
 from keras import ops
 
-from keras_moe._sizes import as_tensor, at_least
-from keras_moe.types import Tensor
+from keras_moe.core.sizes import as_tensor, at_least
+from keras_moe.core.types import Tensor
 
 
 def token_count(tokens: Tensor, mask: Tensor | None) -> float | Tensor:

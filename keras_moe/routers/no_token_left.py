@@ -5,12 +5,12 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_moe import _checks
-from keras_moe._numerics import edges_of, slots_per_expert
+from keras_moe.core import checks
+from keras_moe.core.numerics import edges_of, slots_per_expert
+from keras_moe.core.records import Routing
+from keras_moe.core.types import Config, Tensor
 from keras_moe.routers.selection import pick, select_top_k
 from keras_moe.routers.top_k import TopKRouter
-from keras_moe.routing import Routing
-from keras_moe.types import Config, Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -66,12 +66,12 @@ class NoTokenLeftRouter(TopKRouter):
         **kwargs: Any,
     ) -> None:
         super().__init__(num_experts, top_k, normalize=normalize, score=score, **kwargs)
-        self.capacity_factor = _checks.positive("capacity_factor", capacity_factor)
-        self.eval_capacity_factor = _checks.optional(
-            _checks.positive, "eval_capacity_factor", eval_capacity_factor
+        self.capacity_factor = checks.positive("capacity_factor", capacity_factor)
+        self.eval_capacity_factor = checks.optional(
+            checks.positive, "eval_capacity_factor", eval_capacity_factor
         )
         self.rounds = self.num_experts if rounds is None else rounds
-        _checks.int_between("rounds", self.rounds, self.top_k, self.num_experts, "num_experts")
+        checks.int_between("rounds", self.rounds, self.top_k, self.num_experts, "num_experts")
 
     def call(
         self, inputs: Tensor, mask: Tensor | None = None, training: bool | None = None

@@ -3,8 +3,8 @@
 import keras
 from keras import ops
 
+from keras_moe.core.types import Tensor
 from keras_moe.routers.base import LinearRouter
-from keras_moe.types import Tensor
 
 
 class NoisyRouter(LinearRouter):

@@ -5,13 +5,13 @@ from typing import Any, ClassVar
 import keras
 from keras import ops
 
-from keras_moe._numerics import normal_cdf, softmax
-from keras_moe.initializers import FiniteInitializer
+from keras_moe.core.initializers import FiniteInitializer
+from keras_moe.core.numerics import normal_cdf, softmax
+from keras_moe.core.records import Routing
+from keras_moe.core.types import InitializerLike, Tensor
 from keras_moe.routers import losses
 from keras_moe.routers.noisy import NoisyRouter
 from keras_moe.routers.selection import pick, select_top_k, spread
-from keras_moe.routing import Routing
-from keras_moe.types import InitializerLike, Tensor
 
 _LEAST_NOISE = 1e-2  # as in the authors' tensor2tensor: a width of 0 would be divided by
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import keras
 
-from keras_moe import _checks
+from keras_moe.core import checks
 from keras_moe.routers.base import Router
 from keras_moe.routers.batch_priority import BatchPriorityRouter
 from keras_moe.routers.dense import DenseRouter
@@ -73,7 +73,7 @@ def get(
     weights = {"balance": balance_weight, "z_loss": z_loss_weight}
     losses = {name: weight for name, weight in weights.items() if weight is not None}
     if isinstance(router, str):
-        _checks.one_of("router", router, _ROUTERS)
+        checks.one_of("router", router, _ROUTERS)
         found = _named(
             router, num_experts, top_k, losses, capacity_factor, eval_capacity_factor, seed
         )
@@ -82,22 +82,20 @@ def get(
             keras.saving.deserialize_keras_object(router) if isinstance(router, dict) else router
         )
         if not isinstance(found, Router):
-            _checks.fail(
-                f"`router` must be one of {sorted(_ROUTERS)} or a `Router`.", router=router
-            )
+            checks.fail(f"`router` must be one of {sorted(_ROUTERS)} or a `Router`.", router=router)
         for name, weight in losses.items():
-            _checks.fail(
+            checks.fail(
                 f"`{name}_weight` must be None where `router` is an object, which brings its own: "
                 f"`{type(found).__name__}(..., losses={{{name!r}: {weight}}})`.",
                 **{f"{name}_weight": weight},
             )
         if found.num_experts != num_experts:
-            _checks.fail(
+            checks.fail(
                 f"`router` must choose from num_experts={num_experts} experts.",
                 **{"router.num_experts": found.num_experts},
             )
     if top_k is not None and top_k not in (found.top_k, found.get_config().get("top_k")):
-        _checks.fail(
+        checks.fail(
             f"`top_k` must be None, or what the router has: top_k={found.top_k}.", top_k=top_k
         )
     return found
@@ -121,7 +119,7 @@ def _named(
         arguments["seed"] = seed
     for loss in losses:
         if loss not in rule.LOSSES:
-            _checks.fail(
+            checks.fail(
                 f"`{loss}_weight` must be None with router={name!r}, whose losses are "
                 f"{sorted(rule.LOSSES)}: give a `{rule.__name__}` with `losses=` for another.",
                 **{f"{loss}_weight": losses[loss]},

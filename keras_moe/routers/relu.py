@@ -5,12 +5,12 @@ from typing import Any, ClassVar
 import keras
 from keras import ops
 
-from keras_moe import _checks
+from keras_moe.core import checks
+from keras_moe.core.records import Routing
+from keras_moe.core.types import Config, Tensor
 from keras_moe.routers.base import LinearRouter
 from keras_moe.routers.losses import masked_sum, token_count
 from keras_moe.routers.selection import pick, select_top_k, spread
-from keras_moe.routing import Routing
-from keras_moe.types import Config, Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -60,14 +60,14 @@ class ReLURouter(LinearRouter):
         rate: float = 1.2,
         **kwargs: Any,
     ) -> None:
-        aim = _checks.positive_int("top_k", top_k)
+        aim = checks.positive_int("top_k", top_k)
         most = num_experts if max_experts is None else max_experts
         super().__init__(num_experts, most, **kwargs)
-        self.target_experts = _checks.int_between("top_k", aim, 1, self.top_k, "max_experts")
-        self.initial_penalty = _checks.positive("initial_penalty", initial_penalty)
-        self.rate = _checks.positive("rate", rate)
+        self.target_experts = checks.int_between("top_k", aim, 1, self.top_k, "max_experts")
+        self.initial_penalty = checks.positive("initial_penalty", initial_penalty)
+        self.rate = checks.positive("rate", rate)
         if self.rate <= 1.0:
-            _checks.fail("`rate` must be a number above 1.", rate=rate)
+            checks.fail("`rate` must be a number above 1.", rate=rate)
         self.loss_weights = {**self.loss_weights, "l1": 1.0}  # lambda is its coefficient
 
     def build(self, input_shape: Any) -> None:

@@ -2,8 +2,8 @@
 
 from keras import ops
 
-from keras_moe._exporting import is_exporting
-from keras_moe.types import Tensor
+from keras_moe.core.exporting import is_exporting
+from keras_moe.core.types import Tensor
 
 # Finite, as ONNX has no choice between a number and an infinity: it multiplies by 0 and 1.
 _LOWEST = -3.4e38

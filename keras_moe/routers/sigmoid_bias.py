@@ -5,11 +5,11 @@ from typing import Any, ClassVar
 import keras
 from keras import ops
 
-from keras_moe import _checks
+from keras_moe.core import checks
+from keras_moe.core.records import Routing
+from keras_moe.core.types import Config, Tensor
 from keras_moe.routers.selection import select_top_k
 from keras_moe.routers.top_k import TopKRouter
-from keras_moe.routing import Routing
-from keras_moe.types import Config, Tensor
 
 _OF_A_GROUP = 2  # best experts whose scores make a group's
 
@@ -76,21 +76,21 @@ class SigmoidBiasRouter(TopKRouter):
         **kwargs: Any,
     ) -> None:
         super().__init__(num_experts, top_k, normalize=normalize, score=score, **kwargs)
-        self.bias_update_rate = _checks.non_negative("bias_update_rate", bias_update_rate)
-        self.routed_scale = _checks.positive("routed_scale", routed_scale)
-        self.num_groups = _checks.positive_int("num_groups", num_groups)
+        self.bias_update_rate = checks.non_negative("bias_update_rate", bias_update_rate)
+        self.routed_scale = checks.positive("routed_scale", routed_scale)
+        self.num_groups = checks.positive_int("num_groups", num_groups)
         if self.num_experts % self.num_groups:
-            _checks.fail(
+            checks.fail(
                 f"`num_groups` must divide num_experts={self.num_experts}.", num_groups=num_groups
             )
         self.top_groups = (
             self.num_groups
             if top_groups is None
-            else _checks.int_between("top_groups", top_groups, 1, self.num_groups, "num_groups")
+            else checks.int_between("top_groups", top_groups, 1, self.num_groups, "num_groups")
         )
         within_reach = self.top_groups * self.num_experts // self.num_groups
         if within_reach < self.top_k:
-            _checks.fail(
+            checks.fail(
                 f"`top_groups` must leave a token at least top_k={self.top_k} experts.",
                 top_groups=top_groups,
             )

@@ -5,12 +5,12 @@ from typing import Any, ClassVar
 import keras
 from keras import ops
 
-from keras_moe import _checks
-from keras_moe._numerics import softmax
+from keras_moe.core import checks
+from keras_moe.core.numerics import softmax
+from keras_moe.core.records import Routing
+from keras_moe.core.types import Config, Tensor
 from keras_moe.routers.base import LinearRouter
 from keras_moe.routers.selection import pick, select_top_k
-from keras_moe.routing import Routing
-from keras_moe.types import Config, Tensor
 
 _TINY = 1e-20
 
@@ -55,7 +55,7 @@ class SinkhornRouter(LinearRouter):
         **kwargs: Any,
     ) -> None:
         super().__init__(num_experts, top_k, **kwargs)
-        self.iterations = _checks.positive_int("iterations", iterations)
+        self.iterations = checks.positive_int("iterations", iterations)
 
     def looks_ahead(self, has_capacity: bool) -> str | None:
         del has_capacity

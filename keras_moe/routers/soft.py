@@ -5,11 +5,11 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_moe import _checks
-from keras_moe._numerics import as_float, softmax
-from keras_moe.initializers import FiniteInitializer
-from keras_moe.routing import SoftRouting
-from keras_moe.types import Config, InitializerLike, RegularizerLike, Tensor
+from keras_moe.core import checks
+from keras_moe.core.initializers import FiniteInitializer
+from keras_moe.core.numerics import as_float, softmax
+from keras_moe.core.records import SoftRouting
+from keras_moe.core.types import Config, InitializerLike, RegularizerLike, Tensor
 
 _EPSILON = 1e-6  # vmoe's; the paper's x / (norm + eps) has a NaN gradient at a zero vector
 # How tokens are dispatched to slots, and how slots are combined into tokens.
@@ -76,12 +76,12 @@ class SoftRouter(keras.layers.Layer):
     ) -> None:
         kwargs["dtype"] = "float32"
         super().__init__(**kwargs)
-        self.num_experts = _checks.positive_int("num_experts", num_experts)
-        self.slots_per_expert = _checks.positive_int("slots_per_expert", slots_per_expert)
-        self.mixing = _checks.one_of("mixing", mixing, _MIXINGS)
+        self.num_experts = checks.positive_int("num_experts", num_experts)
+        self.slots_per_expert = checks.positive_int("slots_per_expert", slots_per_expert)
+        self.mixing = checks.one_of("mixing", mixing, _MIXINGS)
         self.causal = bool(causal)
         if self.causal and self.mixing == "identity":
-            _checks.fail(
+            checks.fail(
                 "`causal` must be False where `mixing` is 'identity': no token sees another.",
                 causal=causal,
             )
@@ -98,7 +98,7 @@ class SoftRouter(keras.layers.Layer):
         return self.num_experts * self.slots_per_expert
 
     def build(self, input_shape: Any) -> None:
-        width = _checks.token_shape("SoftRouter", tuple(input_shape), min_rank=3)
+        width = checks.token_shape("SoftRouter", tuple(input_shape), min_rank=3)
         if "soft" not in _MIXINGS[self.mixing]:
             return  # weights that nothing reads would get no gradient
 
@@ -171,7 +171,7 @@ class SoftRouter(keras.layers.Layer):
         """Fails where `mixing` is "identity" and a known number of tokens is not that of slots."""
         is_wrong = isinstance(count, int) and count != self.num_slots
         if self.mixing == "identity" and is_wrong:
-            _checks.fail(
+            checks.fail(
                 "`mixing='identity'` takes as many tokens as there are slots, "
                 f"num_experts * slots_per_expert = {self.num_slots}.",
                 tokens=count,

@@ -5,14 +5,14 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_moe import _checks
-from keras_moe._numerics import softmax
-from keras_moe._seeds import SavesSeed
-from keras_moe.constraints import per_expert
-from keras_moe.initializers import PerExpertInitializer
+from keras_moe.core import checks
+from keras_moe.core.constraints import per_expert
+from keras_moe.core.initializers import PerExpertInitializer
+from keras_moe.core.numerics import softmax
+from keras_moe.core.records import GateRouting
+from keras_moe.core.seeds import SavesSeed
+from keras_moe.core.types import Config, ConstraintLike, InitializerLike, RegularizerLike, Tensor
 from keras_moe.routers.selection import scaled_to_one
-from keras_moe.routing import GateRouting
-from keras_moe.types import Config, ConstraintLike, InitializerLike, RegularizerLike, Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -59,17 +59,17 @@ class SoftmaxGate(SavesSeed):
     ) -> None:
         kwargs["dtype"] = "float32"
         super().__init__(**kwargs)
-        self.num_experts = _checks.positive_int("num_experts", num_experts)
-        self.num_tasks = _checks.positive_int("num_tasks", num_tasks)
-        self.dropout = _checks.rate("dropout", dropout)
+        self.num_experts = checks.positive_int("num_experts", num_experts)
+        self.num_tasks = checks.positive_int("num_tasks", num_tasks)
+        self.dropout = checks.rate("dropout", dropout)
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
         self.kernel_constraint = keras.constraints.get(kernel_constraint)
-        self.seed = _checks.optional(_checks.integer, "seed", seed)
+        self.seed = checks.optional(checks.integer, "seed", seed)
         self.seed_generator = keras.random.SeedGenerator(seed) if self.dropout else None
 
     def build(self, input_shape: Any) -> None:
-        width = _checks.token_shape("SoftmaxGate", tuple(input_shape))
+        width = checks.token_shape("SoftmaxGate", tuple(input_shape))
         self.kernel = self.add_weight(
             name="kernel",
             shape=(self.num_tasks, width, self.num_experts),

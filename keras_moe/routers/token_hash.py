@@ -8,11 +8,11 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_moe import _checks
-from keras_moe.initializers import derived_seed
+from keras_moe.core import checks
+from keras_moe.core.initializers import derived_seed
+from keras_moe.core.records import Routing
+from keras_moe.core.types import Config, Tensor
 from keras_moe.routers.fixed import FixedRouter
-from keras_moe.routing import Routing
-from keras_moe.types import Config, Tensor
 
 Table = np.ndarray[Any, np.dtype[np.int32]]
 
@@ -66,7 +66,7 @@ class TokenHashRouter(FixedRouter):
         **kwargs: Any,
     ) -> None:
         super().__init__(num_experts, top_k, seed=seed, **kwargs)
-        self.vocabulary_size = _checks.positive_int("vocabulary_size", vocabulary_size)
+        self.vocabulary_size = checks.positive_int("vocabulary_size", vocabulary_size)
 
     def build(self, input_shape: Any) -> None:
         del input_shape
@@ -102,7 +102,7 @@ class TokenHashRouter(FixedRouter):
         """
         amounts = np.asarray(frequencies, dtype="float64")
         if amounts.shape != (self.vocabulary_size,) or not (amounts >= 0).all():
-            _checks.fail(
+            checks.fail(
                 "`frequencies` must be numbers of at least 0, one per id, of shape "
                 f"({self.vocabulary_size},).",
                 shape=amounts.shape,
@@ -118,7 +118,7 @@ class TokenHashRouter(FixedRouter):
     ) -> Routing:
         del training
         if token_ids is None:
-            _checks.fail("`TokenHashRouter` needs `token_ids`.", token_ids=None)
+            checks.fail("`TokenHashRouter` needs `token_ids`.", token_ids=None)
         rows = ops.mod(ops.cast(token_ids, "int32"), self.vocabulary_size)
         experts = ops.take(ops.convert_to_tensor(self.table), rows, axis=0)
         logits = ops.zeros((ops.shape(inputs)[0], self.num_experts), dtype="float32")

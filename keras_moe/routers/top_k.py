@@ -5,10 +5,10 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_moe import _checks
+from keras_moe.core import checks
+from keras_moe.core.types import Config, Tensor
 from keras_moe.routers.base import LinearRouter
 from keras_moe.routers.selection import pick, scaled_to_one, select_top_k
-from keras_moe.types import Config, Tensor
 
 SCORES = ("softmax", "sigmoid")
 
@@ -56,7 +56,7 @@ class TopKRouter(LinearRouter):
     ) -> None:
         super().__init__(num_experts, top_k, **kwargs)
         self.normalize = bool(normalize)
-        self.score = _checks.one_of("score", score, SCORES)
+        self.score = checks.one_of("score", score, SCORES)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         if self.score == "softmax":

@@ -4,11 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from keras_moe.tuning.active_cost import ActiveCost
-from keras_moe.tuning.active_flops import active_flops
-from keras_moe.tuning.active_parameters import active_parameters
 from keras_moe.tuning.check_project import check_project
-from keras_moe.tuning.count_products import count_products
-from keras_moe.tuning.layer_flops import layer_flops
 from keras_moe.tuning.mmoe_space import mmoe_space
 from keras_moe.tuning.moe_space import moe_space
 from keras_moe.tuning.soft_moe_space import soft_moe_space
@@ -21,11 +17,7 @@ __all__ = [
     "ActiveCost",
     "HyperMMoERecommender",
     "HyperViTMoE",
-    "active_flops",
-    "active_parameters",
     "check_project",
-    "count_products",
-    "layer_flops",
     "mmoe_space",
     "moe_space",
     "soft_moe_space",

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_moe import _checks
+from keras_moe.core import checks
 
 When = tuple[str, Sequence[Any]]
 
@@ -26,7 +26,7 @@ class Choices:
 
     def __init__(self, hp: Any, prefix: str = "") -> None:
         if not isinstance(prefix, str):
-            _checks.fail("`name` must be a string.", name=prefix)
+            checks.fail("`name` must be a string.", name=prefix)
         self._hp, self._prefix = hp, prefix
         self._candidates: dict[str, tuple[Any, ...]] = {}
         self._drawn: dict[str, Any] = {}
@@ -102,7 +102,7 @@ def candidates(argument: str, given: Any) -> tuple[Any, ...]:
         if value not in values:
             values.append(value)
     if not values:
-        _checks.fail(
+        checks.fail(
             f"`{argument}` must be a value, or a sequence of at least one value to choose from.",
             **{argument: given},
         )

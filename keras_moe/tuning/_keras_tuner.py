@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from keras_moe._optional import import_of_extra
+from keras_moe.core.optional import import_of_extra
 
 
 def import_keras_tuner() -> Any:

@@ -6,10 +6,10 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_moe import _checks
+from keras_moe.core import checks
+from keras_moe.flops.active_flops import active_flops
+from keras_moe.flops.active_parameters import active_parameters
 from keras_moe.tuning._keras_tuner import import_keras_tuner
-from keras_moe.tuning.active_flops import active_flops
-from keras_moe.tuning.active_parameters import active_parameters
 
 _DIRECTIONS = ("max", "min")
 
@@ -78,20 +78,20 @@ class ActiveCost(keras.callbacks.Callback):
         super().__init__()
         metrics = [metric] if isinstance(metric, str) else list(metric)
         if not metrics or not all(isinstance(name, str) and name for name in metrics):
-            _checks.fail("`metric` must be a name in the logs or a list of them.", metric=metric)
+            checks.fail("`metric` must be a name in the logs or a list of them.", metric=metric)
         self.metrics = metrics
-        self.direction = _checks.one_of("direction", direction, _DIRECTIONS)
-        self.max_flops = _checks.optional(_checks.positive, "max_flops", max_flops)
-        self.max_parameters = _checks.optional(_checks.positive, "max_parameters", max_parameters)
-        self.target_flops = _checks.optional(_checks.positive, "target_flops", target_flops)
-        self.target_parameters = _checks.optional(
-            _checks.positive, "target_parameters", target_parameters
+        self.direction = checks.one_of("direction", direction, _DIRECTIONS)
+        self.max_flops = checks.optional(checks.positive, "max_flops", max_flops)
+        self.max_parameters = checks.optional(checks.positive, "max_parameters", max_parameters)
+        self.target_flops = checks.optional(checks.positive, "target_flops", target_flops)
+        self.target_parameters = checks.optional(
+            checks.positive, "target_parameters", target_parameters
         )
         self.input_shape = input_shape
         pair = [exponent, exponent] if isinstance(exponent, int | float) else list(exponent)
         if len(pair) != 2:
-            _checks.fail("`exponent` must be a number or a pair of numbers.", exponent=exponent)
-        self.exponent = tuple(_checks.non_negative("exponent", each) for each in pair)
+            checks.fail("`exponent` must be a number or a pair of numbers.", exponent=exponent)
+        self.exponent = tuple(checks.non_negative("exponent", each) for each in pair)
         self._flops, self._parameters, self._is_known = 0, 0, False
 
     @property
@@ -115,7 +115,7 @@ class ActiveCost(keras.callbacks.Callback):
             parameters: active parameters.
         """
         if metric < 0:
-            _checks.fail(
+            checks.fail(
                 "`metric` must be at least 0 to be multiplied by a penalty.",
                 **{", ".join(self.metrics): metric},
             )

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_moe import _checks
+from keras_moe.core import checks
 
 _RECORD = "search.json"
 
@@ -60,7 +60,7 @@ def check_project(directory: str | os.PathLike[str], project_name: str, **search
 
 
 def _fail(folder: Path, held: str, project_name: str) -> None:
-    _checks.fail(
+    checks.fail(
         f"`project_name` must be new, or that of the search to resume, but {str(folder)!r} holds "
         f"{held}. Nothing was changed there. Choose another `project_name`, or delete the folder.",
         project_name=project_name,
@@ -94,7 +94,7 @@ def _described(value: Any, path: str = "") -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
         return {"class": kind, "config": _described(fields, path)}
-    _checks.fail(
+    checks.fail(
         f"`{path.lstrip('.')}` must be a JSON-like value, a class, a function, or an object with "
         "`get_config()`.",
         value=value,

@@ -5,7 +5,7 @@ from typing import Any
 
 import keras
 
-from keras_moe import _checks
+from keras_moe.core import checks
 from keras_moe.models.features import Feature
 from keras_moe.models.multitask_ranker import multitask_ranker
 from keras_moe.tuning._choices import Choices, checked
@@ -100,14 +100,14 @@ class HyperMMoERecommender(_HyperModel):
         tunable: bool = True,
     ) -> None:
         super().__init__(name=name, tunable=tunable)
-        checked(_checks.rate, "dropout", dropout)
-        checked(_checks.non_negative, "embedding_l2", embedding_l2)
-        checked(_checks.positive, "learning_rate", learning_rate)
+        checked(checks.rate, "dropout", dropout)
+        checked(checks.non_negative, "embedding_l2", embedding_l2)
+        checked(checks.positive, "learning_rate", learning_rate)
         if batch_size is not None:
-            checked(_checks.positive_int, "batch_size", batch_size)
-        _checks.optional(_checks.integer, "seed", seed)
+            checked(checks.positive_int, "batch_size", batch_size)
+        checks.optional(checks.integer, "seed", seed)
         if "dropout" in (mmoe or {}):
-            _checks.fail(
+            checks.fail(
                 "`mmoe` must not set the experts' `dropout`, which the model has not.", mmoe=mmoe
             )
         self._config: dict[str, Any] = {

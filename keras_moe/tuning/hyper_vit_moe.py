@@ -5,7 +5,7 @@ from typing import Any
 
 import keras
 
-from keras_moe import _checks
+from keras_moe.core import checks
 from keras_moe.models.vit import VIT_SIZES, vit
 from keras_moe.tuning._choices import Choices, candidates, checked, fully_declared
 from keras_moe.tuning._keras_tuner import import_keras_tuner
@@ -121,16 +121,16 @@ class HyperViTMoE(_HyperModel):
             ("batch_size", batch_size),
         ):
             if values is not None:
-                checked(_checks.positive_int, argument, values)
+                checked(checks.positive_int, argument, values)
         checked(_check_feed_forward, "feed_forward", feed_forward)
-        checked(_checks.rate, "dropout", dropout)
-        checked(_checks.positive, "learning_rate", learning_rate)
-        checked(_checks.non_negative, "weight_decay", weight_decay)
-        _checks.optional(_checks.positive, "clip_norm", clip_norm)
-        _checks.optional(_checks.integer, "seed", seed)
+        checked(checks.rate, "dropout", dropout)
+        checked(checks.positive, "learning_rate", learning_rate)
+        checked(checks.non_negative, "weight_decay", weight_decay)
+        checks.optional(checks.positive, "clip_norm", clip_norm)
+        checks.optional(checks.integer, "seed", seed)
         for kind, options in (("soft_moe", soft_moe), ("moe", moe), ("switch", switch)):
             if options is not None and kind not in candidates("feed_forward", feed_forward):
-                _checks.fail(
+                checks.fail(
                     f"`feed_forward` must include {kind!r} where `{kind}` is given.",
                     feed_forward=feed_forward,
                 )
@@ -278,4 +278,4 @@ def _given(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_feed_forward(name: str, value: Any) -> None:
     if isinstance(value, str) or not callable(value):
-        _checks.one_of(name, value, ["dense", *_MIXTURES])
+        checks.one_of(name, value, ["dense", *_MIXTURES])

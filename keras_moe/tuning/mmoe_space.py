@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from keras_moe import _checks
-from keras_moe.layers.experts import checked_units
+from keras_moe.core import checks
+from keras_moe.layers.expert_mlp import checked_units
 from keras_moe.tuning._choices import Choices, candidates, checked
 
 Units = int | tuple[int, ...]
@@ -59,11 +59,11 @@ def mmoe_space(
         Mixture-of-Experts", section 4.2; Zhao et al. 2019, "Recommending What Video to Watch Next:
         A Multitask Ranking System", section 5.
     """
-    checked(_checks.positive_int, "num_experts", num_experts)
-    checked(_checks.rate, "gate_dropout", gate_dropout)
-    checked(_checks.rate, "dropout", dropout)
+    checked(checks.positive_int, "num_experts", num_experts)
+    checked(checks.rate, "gate_dropout", gate_dropout)
+    checked(checks.rate, "dropout", dropout)
     if expert_units is not None and total_units is not None:
-        _checks.fail(
+        checks.fail(
             "`expert_units` must be None where `total_units` is given.",
             expert_units=expert_units,
             total_units=total_units,
@@ -74,10 +74,10 @@ def mmoe_space(
         checked(checked_units, width, widths)
     else:
         width, widths = "total_units", total_units
-        checked(_checks.positive_int, width, widths)
+        checked(checks.positive_int, width, widths)
         most_experts = max(candidates("num_experts", num_experts))
         if min(candidates(width, widths)) < most_experts:
-            _checks.fail(
+            checks.fail(
                 f"`total_units` must be at least {most_experts}, the most experts.",
                 total_units=total_units,
             )

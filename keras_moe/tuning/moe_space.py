@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from keras_moe import _checks
+from keras_moe.core import checks
 from keras_moe.tuning._choices import Choices, candidates, checked
 
 _ROUTERS = ("dense", "switch", "top_k")
@@ -79,25 +79,25 @@ def moe_space(
         Fedus et al. 2021, "Switch Transformers", sections 2.2 and 2.4; Zoph et al. 2022,
         "ST-MoE", section 3.
     """
-    checked(_checks.positive_int, "num_experts", num_experts)
-    checked(_checks.positive_int, "top_k", top_k)
-    checked(lambda arg, value: _checks.one_of(arg, value, _ROUTERS), "router", router)
+    checked(checks.positive_int, "num_experts", num_experts)
+    checked(checks.positive_int, "top_k", top_k)
+    checked(lambda arg, value: checks.one_of(arg, value, _ROUTERS), "router", router)
     checked(
-        lambda arg, value: _checks.int_at_least(arg, value, 0),
+        lambda arg, value: checks.int_at_least(arg, value, 0),
         "num_shared_experts",
         num_shared_experts,
     )
     checked(
-        lambda arg, value: _checks.optional(_checks.positive, arg, value),
+        lambda arg, value: checks.optional(checks.positive, arg, value),
         "capacity_factor",
         capacity_factor,
     )
-    checked(_checks.non_negative, "balance_weight", balance_weight)
-    checked(_checks.non_negative, "z_loss_weight", z_loss_weight)
-    checked(_checks.rate, "dropout", dropout)
-    _checks.positive("eval_capacity_factor", eval_capacity_factor)
+    checked(checks.non_negative, "balance_weight", balance_weight)
+    checked(checks.non_negative, "z_loss_weight", z_loss_weight)
+    checked(checks.rate, "dropout", dropout)
+    checks.positive("eval_capacity_factor", eval_capacity_factor)
     if hidden_dim is not None and active_hidden_dim is not None:
-        _checks.fail(
+        checks.fail(
             "`hidden_dim` must be None where `active_hidden_dim` is given.",
             hidden_dim=hidden_dim,
             active_hidden_dim=active_hidden_dim,
@@ -105,7 +105,7 @@ def moe_space(
     width, widths = "hidden_dim", _HIDDEN_DIMS if hidden_dim is None else hidden_dim
     if active_hidden_dim is not None:
         width, widths = "active_hidden_dim", active_hidden_dim
-    checked(_checks.positive_int, width, widths)
+    checked(checks.positive_int, width, widths)
     most_experts = max(candidates("num_experts", num_experts))
 
     rules = candidates("router", router)
@@ -155,7 +155,7 @@ def moe_space(
     if not choices.is_active:
         return {}
     if chosen is None:
-        _checks.fail(
+        checks.fail(
             f"`{choices.full_name('num_experts')}` must be one of "
             f"{candidates('num_experts', num_experts)}, for which this space has a `top_k`.",
             num_experts=experts,
@@ -177,7 +177,7 @@ def _draw_top_k(choices: Choices, num_experts: Any, top_k: Any) -> int | None:
     """Draws k from the choices that the drawn number of experts allows."""
     all_experts, all_k = candidates("num_experts", num_experts), candidates("top_k", top_k)
     if min(all_experts) < min(all_k):
-        _checks.fail(
+        checks.fail(
             "`top_k` must have a choice that is not above `num_experts`, for each choice of "
             "`num_experts`.",
             top_k=top_k,
@@ -201,7 +201,7 @@ def _check_divisible(active_hidden_dim: Any, most_chosen: int, num_shared_expert
     """Checks that there is a hidden unit for each expert that a token may pass through."""
     most = most_chosen + max(candidates("num_shared_experts", num_shared_experts))
     if min(candidates("active_hidden_dim", active_hidden_dim)) < most:
-        _checks.fail(
+        checks.fail(
             f"`active_hidden_dim` must be at least {most}, the most experts that a token passes "
             "through.",
             active_hidden_dim=active_hidden_dim,

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from keras_moe import _checks
+from keras_moe.core import checks
 from keras_moe.tuning._choices import Choices, candidates, checked
 
 
@@ -53,11 +53,11 @@ def soft_moe_space(
         Puigcerver et al. 2023, "From Sparse to Soft Mixtures of Experts", section 2.3 (cost),
         section 3.3 (slots per expert).
     """
-    checked(_checks.positive_int, "num_experts", num_experts)
-    checked(_checks.positive_int, "hidden_dim", hidden_dim)
-    checked(_checks.rate, "dropout", dropout)
+    checked(checks.positive_int, "num_experts", num_experts)
+    checked(checks.positive_int, "hidden_dim", hidden_dim)
+    checked(checks.rate, "dropout", dropout)
     if slots_per_expert is not None and num_slots is not None:
-        _checks.fail(
+        checks.fail(
             "`slots_per_expert` must be None where `num_slots` is given.",
             slots_per_expert=slots_per_expert,
             num_slots=num_slots,
@@ -65,10 +65,10 @@ def soft_moe_space(
     count, counts = "slots_per_expert", 1 if slots_per_expert is None else slots_per_expert
     if num_slots is not None:
         count, counts = "num_slots", num_slots
-    checked(_checks.positive_int, count, counts)
+    checked(checks.positive_int, count, counts)
     most_experts = max(candidates("num_experts", num_experts))
     if num_slots is not None and min(candidates(count, counts)) < most_experts:
-        _checks.fail(
+        checks.fail(
             f"`num_slots` must be at least {most_experts}, the most experts: each has a slot.",
             num_slots=num_slots,
             num_experts=num_experts,

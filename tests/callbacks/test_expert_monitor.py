@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from keras_moe import callbacks, layers, routers
-from keras_moe.callbacks.alarms import alarms as find_alarms
+from keras_moe.inspection.alarms import alarms as find_alarms
 
 
 def fit(*mixtures, x=None, monitor=None, epochs=2, **arguments):
@@ -152,7 +152,7 @@ def test_counts_survive_saving(tmp_path):
 @pytest.mark.parametrize("total", [2**24 + 3, 2**33 + 5])
 def test_running_sums_are_exact_past_float32(total):
     """A float32 counter would stop at 2^24."""
-    from keras_moe.layers.running_sums import RunningSums
+    from keras_moe.layers.counts import RunningSums
 
     class Counter(keras.layers.Layer):
         def build(self, input_shape):

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from keras_moe import callbacks, layers
-from keras_moe.callbacks.alarms import alarms as find_alarms
-from keras_moe.callbacks.health import health
-from keras_moe.callbacks.layer_numbers import layer_numbers
+from keras_moe.inspection.alarms import alarms as find_alarms
+from keras_moe.inspection.health import health
+from keras_moe.inspection.layer_numbers import layer_numbers
 
 ops = keras.ops
 SOFT = ("combine_min", "combine_max", "dispatch_min", "dispatch_max", "slot_cosine")

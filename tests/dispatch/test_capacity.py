@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from keras import ops
 
 from keras_moe import layers
-from keras_moe._numerics import slots_per_expert
+from keras_moe.core.numerics import slots_per_expert
 from keras_moe.dispatch import WalkDispatcher, backend, costs
 from tests import helpers
 

@@ -181,7 +181,7 @@ CASES = {
         {
             "num_experts": 3,
             "experts": {
-                "module": "keras_moe.layers.experts",
+                "module": "keras_moe.layers.expert_mlp",
                 "class_name": "ExpertMLP",
                 "config": {"num_experts": 3, "units": [8, 7, D]},
                 "registered_name": "keras_moe>ExpertMLP",

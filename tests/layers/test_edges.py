@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from keras_moe import layers
-from keras_moe.constraints import PerExpertConstraint
+from keras_moe.core.constraints import PerExpertConstraint
 from tests.contract import D, arrays, run, tokens
 
 

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from keras_moe import layers
+from keras_moe.flops import active_flops
 from keras_moe.models import vit
-from keras_moe.tuning import active_flops
 from tests import contract, helpers
 from tests.contract import Case
 from tests.oracle import soft_moe

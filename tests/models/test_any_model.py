@@ -13,8 +13,9 @@ from keras import ops
 
 import keras_moe
 from keras_moe import callbacks, layers, plots, tuning
+from keras_moe.flops import active_flops, active_parameters, count_products, layer_flops
+from keras_moe.inspection.recording import count_routing
 from keras_moe.models import task_gates
-from keras_moe.recording import count_routing
 from keras_moe.reporting import page
 
 pytestmark = pytest.mark.one_backend("helpers read what layers return")
@@ -299,14 +300,14 @@ def check_report(model, x, expected, tmp_path):
 def check_active_cost(model, x, expected, tmp_path):
     specs = keras.tree.map_structure(lambda each: keras.KerasTensor((1, *each.shape[1:])), x)
     flops = FLOPS - 20 * is_block(model)
-    assert tuning.layer_flops(model, specs) == flops
-    assert tuning.active_parameters(model) == parameters(model)
+    assert layer_flops(model, specs) == flops
+    assert active_parameters(model) == parameters(model)
     if isinstance(model, Own) or is_block(model):
-        assert tuning.active_flops(model, shapes_of(x)) == flops
+        assert active_flops(model, shapes_of(x)) == flops
         with pytest.raises(ValueError, match="`input_shape` must give every size of an example"):
-            tuning.active_flops(model)
+            active_flops(model)
     else:
-        assert tuning.active_flops(model) == flops
+        assert active_flops(model) == flops
 
 
 CHECKS = [check for name, check in sorted(globals().items()) if name.startswith("check_")]
@@ -353,12 +354,10 @@ HELPERS = {
     "count_routing": lambda model, path: count_routing(model).__enter__(),
     "report": lambda model, path: keras_moe.report(model, TOKENS, path),
     "task_gates": lambda model, path: task_gates(model),
-    "active_flops": lambda model, path: tuning.active_flops(model, (T, D)),
-    "active_parameters": lambda model, path: tuning.active_parameters(model),
-    "layer_flops": lambda model, path: tuning.layer_flops(model, keras.KerasTensor((1, T, D))),
-    "count_products": lambda model, path: tuning.count_products(
-        model, keras.KerasTensor((1, T, D))
-    ),
+    "active_flops": lambda model, path: active_flops(model, (T, D)),
+    "active_parameters": lambda model, path: active_parameters(model),
+    "layer_flops": lambda model, path: layer_flops(model, keras.KerasTensor((1, T, D))),
+    "count_products": lambda model, path: count_products(model, keras.KerasTensor((1, T, D))),
     "plots.expert_load": lambda model, path: plots.expert_load(model, TOKENS),
     "plots.class_by_expert": lambda model, path: plots.class_by_expert(model, TOKENS, LABELS),
     "plots.coactivation": lambda model, path: plots.coactivation(model, TOKENS),

@@ -6,8 +6,8 @@ import pytest
 from keras import ops
 
 from keras_moe import layers, record_routing, routers
+from keras_moe.flops import active_flops
 from keras_moe.models import decoder
-from keras_moe.tuning import active_flops
 from tests.helpers import randomize_weights
 from tests.oracle import moe, transformer
 

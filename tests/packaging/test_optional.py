@@ -6,8 +6,9 @@ import sys
 
 import pytest
 
-from keras_moe import _optional, callbacks, plots, tuning
-from keras_moe._optional import import_of_extra
+from keras_moe import callbacks, plots, tuning
+from keras_moe.core import optional
+from keras_moe.core.optional import import_of_extra
 
 
 @pytest.fixture
@@ -68,7 +69,7 @@ def test_each_user_of_an_extra_names_what_misses(name, tmp_path, monkeypatch):
         raise ModuleNotFoundError("No module named 'six'", name="six")
 
     (tmp_path / "history.jsonl").write_text('{"counts": {"moe": {"load": [1, 2]}}}')
-    monkeypatch.setattr(_optional, "import_module", import_module)
+    monkeypatch.setattr(optional, "import_module", import_module)
     with pytest.raises(ImportError, match=f"needs `{name}`, which is installed; `six`, which it"):
         USERS[name](tmp_path)
 

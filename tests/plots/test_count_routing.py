@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from keras_moe import layers
-from keras_moe.recording import count_routing
+from keras_moe.inspection.recording import count_routing
 
 pytestmark = pytest.mark.one_backend("pictures are of NumPy arrays")
 

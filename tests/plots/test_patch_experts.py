@@ -6,8 +6,8 @@ import pytest
 from matplotlib.colors import to_rgb
 
 from keras_moe import layers, models, plots
+from keras_moe.inspection.records import Record, weights_of
 from keras_moe.plots._canvas import FILLS
-from keras_moe.plots._records import Record, weights_of
 
 pytestmark = pytest.mark.one_backend("pictures are of NumPy arrays")
 

@@ -6,7 +6,7 @@ import pytest
 
 import keras_moe
 from keras_moe import layers
-from keras_moe.recording import count_routing
+from keras_moe.inspection.recording import count_routing
 
 pytestmark = pytest.mark.one_backend("pictures are of NumPy arrays")
 

@@ -10,9 +10,9 @@ import pytest
 
 import keras_moe
 from keras_moe import callbacks, layers
-from keras_moe.callbacks.health import health
+from keras_moe.flops import active_parameters
+from keras_moe.inspection.health import health
 from keras_moe.reporting.summary import MEANINGS, UNJUDGED, all_parameters
-from keras_moe.tuning import active_parameters
 
 pytestmark = pytest.mark.one_backend("a page is of NumPy arrays")
 

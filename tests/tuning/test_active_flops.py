@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from keras import ops
 
 from keras_moe import layers, routers
-from keras_moe.tuning.active_flops import active_flops
-from keras_moe.tuning.count_products import count_products
-from keras_moe.tuning.layer_flops import layer_flops
+from keras_moe.flops.active_flops import active_flops
+from keras_moe.flops.count_products import count_products
+from keras_moe.flops.layer_flops import layer_flops
 
 on_jax = pytest.mark.skipif(keras.backend.backend() != "jax", reason="reads jaxprs")
 on_torch = pytest.mark.skipif(keras.backend.backend() != "torch", reason="counts torch's calls")

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from keras_moe import layers
-from keras_moe.tuning.active_parameters import active_parameters
+from keras_moe.flops.active_parameters import active_parameters
 
 pytestmark = pytest.mark.one_backend("arithmetic on configurations")
 

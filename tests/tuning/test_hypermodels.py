@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from keras_moe import layers, tuning
+from keras_moe.flops import active_flops
 from keras_moe.models import features
 
 pytestmark = [
@@ -73,7 +74,7 @@ def test_every_feed_forward_costs_about_the_dense_model(kind):
     mixtures = [each for each in model.layers if isinstance(each, layers.MoE | layers.SoftMoE)]
     assert [each.name for each in mixtures] == ([] if kind == "dense" else [f"block_1_{kind}"])
     # The router, and for Soft MoE the mixing of tokens, come on top.
-    assert 1.0 <= tuning.active_flops(model) / tuning.active_flops(dense) < 1.1
+    assert 1.0 <= active_flops(model) / active_flops(dense) < 1.1
     assert all(mixture.hidden_dim * getattr(mixture, "top_k", 1) == 128 for mixture in mixtures)
 
 
@@ -312,6 +313,7 @@ def test_bad_arguments_of_a_recommender(arguments, message):
 WITHOUT_KERAS_TUNER = """
 import sys
 import keras_moe.tuning as tuning
+from keras_moe.flops import active_flops
 assert "keras_tuner" not in sys.modules
 sys.modules["keras_tuner"] = None  # as if it were not installed
 assert "HyperViTMoE" in dir(tuning)

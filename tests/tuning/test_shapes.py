@@ -4,7 +4,7 @@ import keras
 import pytest
 
 from keras_moe import layers
-from keras_moe.tuning import active_flops, count_products, layer_flops
+from keras_moe.flops import active_flops, count_products, layer_flops
 
 pytestmark = pytest.mark.one_backend("arithmetic on configurations")
 

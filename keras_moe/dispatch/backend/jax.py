@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from keras_moe.core.types import Tensor
 from keras_moe.dispatch.backend.portable import (  # noqa: F401
     inverse_permutation,
     is_traced_for_export,
@@ -29,7 +30,6 @@ from keras_moe.dispatch.backend.portable import (  # noqa: F401
     sort_for_export,
 )
 from keras_moe.dispatch.layout import Rows, Slots, Stage
-from keras_moe.types import Tensor
 
 WALKS = HAS_GROUPED_MATMUL = True
 

@@ -5,9 +5,9 @@ from typing import Any
 
 from keras import ops
 
-from keras_moe._numerics import edges_of
+from keras_moe.core.numerics import edges_of
+from keras_moe.core.types import Tensor
 from keras_moe.dispatch.layout import Rows, Stage, entries_at
-from keras_moe.types import Tensor
 
 WALKS = False  # whether `walk` is faster than padded blocks
 HAS_GROUPED_MATMUL = False  # whether `grouped_matmul` is the platform's own

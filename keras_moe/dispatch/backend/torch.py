@@ -13,9 +13,9 @@ from typing import Any, TypeAlias
 
 import torch
 
+from keras_moe.core.types import Tensor
 from keras_moe.dispatch.backend.portable import with_gradient  # noqa: F401
 from keras_moe.dispatch.layout import Rows, Stage
-from keras_moe.types import Tensor
 
 WALKS = HAS_GROUPED_MATMUL = True
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from keras_moe.core.types import Tensor
 from keras_moe.dispatch.backend.portable import (  # noqa: F401
     HAS_GROUPED_MATMUL,
     eagerly,
@@ -31,7 +32,6 @@ from keras_moe.dispatch.backend.portable import (  # noqa: F401
 from keras_moe.dispatch.backend.tensorflow import blocks, ranges
 from keras_moe.dispatch.backend.tensorflow.stages import Experts, Route, Static
 from keras_moe.dispatch.layout import Rows, Stage
-from keras_moe.types import Tensor
 
 WALKS = True
 

@@ -15,6 +15,7 @@ import tensorflow as tf
 from keras import ops
 from tensorflow.compiler.tf2xla.python import xla
 
+from keras_moe.core.types import Tensor
 from keras_moe.dispatch.backend.tensorflow.stages import (
     Experts,
     Route,
@@ -29,7 +30,6 @@ from keras_moe.dispatch.backend.tensorflow.stages import (
     wide,
 )
 from keras_moe.dispatch.layout import rows_by_choice, slots_by_choice
-from keras_moe.types import Tensor
 
 
 def block_sizes(total: int | Tensor | None, num_experts: int) -> tuple[int, ...]:

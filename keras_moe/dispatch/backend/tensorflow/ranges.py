@@ -7,6 +7,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from keras_moe.core.types import Tensor
 from keras_moe.dispatch.backend.tensorflow.stages import (
     Experts,
     Route,
@@ -21,7 +22,6 @@ from keras_moe.dispatch.backend.tensorflow.stages import (
     starts_of,
     wide,
 )
-from keras_moe.types import Tensor
 
 
 def forward(static: Static, tokens: Tensor, route: Route, experts: Experts) -> tuple[Tensor, Any]:

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
+from keras_moe.core.types import Tensor
 from keras_moe.dispatch.layout import Slots
-from keras_moe.types import Tensor
 
 
 class Static(NamedTuple):

@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from keras_moe.callbacks.health import Counts, amounts_of, dead_experts, health, shares_of
-from keras_moe.callbacks.layer_numbers import has_capacity, task_names
+from keras_moe.inspection.health import Counts, amounts_of, dead_experts, health, shares_of
+from keras_moe.inspection.layer_numbers import has_capacity, task_names
 
 _ENOUGH = 20  # counts per expert: with fewer, chance alone leaves experts out
 _LEAST_USED = 0.5  # of the experts

@@ -7,13 +7,13 @@ import keras
 from keras import layers
 from keras.src.backend import get_keras_mask, set_keras_mask
 
-from keras_moe import _checks
+from keras_moe.core import checks
+from keras_moe.core.types import Activation
 from keras_moe.layers import MoE, SoftMoE, SwitchFFN
 from keras_moe.models import _blocks
 from keras_moe.models._masked_model import MaskedModel
 from keras_moe.models.masked_embedding import MaskedEmbedding
 from keras_moe.models.position_embedding import PositionEmbedding
-from keras_moe.types import Activation
 
 _MIXTURES: dict[str, Callable[..., keras.layers.Layer]] = {"moe": MoE, "switch": SwitchFFN}
 
@@ -123,11 +123,11 @@ def decoder(
         Fedus et al. 2021, "Switch Transformers", section 2; Jiang et al. 2024, "Mixtral of
         Experts", section 2.
     """
-    _checks.positive_int("vocabulary_size", vocabulary_size)
+    checks.positive_int("vocabulary_size", vocabulary_size)
     sizes = _blocks.checked_sizes(width, depth, num_heads, mlp_dim)
     if padding_id is not None:
-        _checks.int_between("padding_id", padding_id, 0, vocabulary_size - 1, "vocabulary_size - 1")
-    dropout = _checks.rate("dropout", dropout)
+        checks.int_between("padding_id", padding_id, 0, vocabulary_size - 1, "vocabulary_size - 1")
+    dropout = checks.rate("dropout", dropout)
     make_mixture = _blocks.mixture_factory(
         _MIXTURES,
         feed_forward,
@@ -168,7 +168,7 @@ def _causal(make: _blocks.MakeLayer) -> _blocks.MakeLayer:
         layer = make(block)
         reason = _looks_ahead(layer)
         if reason is not None:
-            _checks.fail(f"`feed_forward` must be causal: {reason}.", layer=layer)
+            checks.fail(f"`feed_forward` must be causal: {reason}.", layer=layer)
         return layer
 
     return make_causal

@@ -7,16 +7,12 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_moe import _checks
-from keras_moe._numerics import as_float
-from keras_moe._seeds import SavesSeed
-from keras_moe.constraints import per_expert
-from keras_moe.dispatch import backend
-from keras_moe.dispatch.grouped import grouped_walk
-from keras_moe.dispatch.layout import Rows, Stage
-from keras_moe.initializers import PerExpertInitializer
-from keras_moe.layers.naming import name_or_default
-from keras_moe.types import (
+from keras_moe.core import checks
+from keras_moe.core.constraints import per_expert
+from keras_moe.core.initializers import PerExpertInitializer
+from keras_moe.core.numerics import as_float
+from keras_moe.core.seeds import SavesSeed
+from keras_moe.core.types import (
     Activation,
     Config,
     ConstraintLike,
@@ -25,6 +21,10 @@ from keras_moe.types import (
     Shape,
     Tensor,
 )
+from keras_moe.dispatch import backend
+from keras_moe.dispatch.grouped import grouped_walk
+from keras_moe.dispatch.layout import Rows, Stage
+from keras_moe.layers.sublayers import name_or_default
 
 _MANY_ROWS = 512  # from here on a plain matmul per expert beats a batched one on a CPU
 
@@ -111,12 +111,12 @@ class ExpertMLP(SavesSeed):
         **kwargs: Any,
     ) -> None:
         super().__init__(name=name_or_default(name, "expert_mlp"), **kwargs)
-        self.num_experts = _checks.positive_int("num_experts", num_experts)
+        self.num_experts = checks.positive_int("num_experts", num_experts)
         self.units = _checked_widths(units)
         self.activation = keras.activations.get(activation)
         self.gated = bool(gated)
         self.activate_last = bool(activate_last)
-        self.dropout = _checks.rate("dropout", dropout)
+        self.dropout = checks.rate("dropout", dropout)
         self.use_bias = bool(use_bias)
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.bias_initializer = keras.initializers.get(bias_initializer)
@@ -124,11 +124,11 @@ class ExpertMLP(SavesSeed):
         self.bias_regularizer = keras.regularizers.get(bias_regularizer)
         self.kernel_constraint = keras.constraints.get(kernel_constraint)
         self.bias_constraint = keras.constraints.get(bias_constraint)
-        self.seed = _checks.optional(_checks.integer, "seed", seed)
+        self.seed = checks.optional(checks.integer, "seed", seed)
         self.seed_generator = keras.random.SeedGenerator(seed) if self.dropout else None
 
     def build(self, input_shape: Any) -> None:
-        width = _checks.token_shape("ExpertMLP", tuple(input_shape), min_rank=3)
+        width = checks.token_shape("ExpertMLP", tuple(input_shape), min_rank=3)
         self._kernels, self._biases = [], []
         self._gate_kernels, self._gate_biases = [], []
         for index, units in enumerate(self._widths(width)):
@@ -274,7 +274,7 @@ class ExpertMLP(SavesSeed):
 
     def _check_bank_size(self, inputs: Tensor) -> None:
         if inputs.shape[0] not in (None, 1, self.num_experts):
-            _checks.fail(
+            checks.fail(
                 "`ExpertMLP` expects inputs of shape (E, C, d) or (1, C, d) with "
                 f"E={self.num_experts}.",
                 shape=tuple(inputs.shape),
@@ -298,7 +298,7 @@ class ExpertMLP(SavesSeed):
         return keras.KerasTensor((first, inputs.shape[1], width), dtype=self.compute_dtype)
 
     def compute_output_shape(self, input_shape: Shape) -> Shape:
-        width = _checks.token_shape("ExpertMLP", tuple(input_shape), min_rank=3)
+        width = checks.token_shape("ExpertMLP", tuple(input_shape), min_rank=3)
         return (self.num_experts, tuple(input_shape)[1], self._widths(width)[-1])
 
     def get_config(self) -> Config:
@@ -355,5 +355,5 @@ def checked_units(name: str, units: Any) -> tuple[int, ...]:
     is_sequence = isinstance(units, Sequence) and not isinstance(units, str)
     widths = tuple(units) if is_sequence else (units,)
     if not widths:
-        _checks.fail(f"`{name}` must name at least one layer width.", **{name: units})
-    return tuple(_checks.positive_int(name, width) for width in widths)
+        checks.fail(f"`{name}` must name at least one layer width.", **{name: units})
+    return tuple(checks.positive_int(name, width) for width in widths)

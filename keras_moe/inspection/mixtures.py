@@ -3,13 +3,13 @@
 from collections import Counter
 from typing import Any
 
-from keras_moe import _checks
+from keras_moe.core import checks
 
 
 def mixture_layers(model: Any) -> list[Any]:
     """All built layers of a model, nested ones too, that keep running counts, in its order."""
     found: dict[int, Any] = {}
-    _collect(_checks.keras_layer("model", model), found)
+    _collect(checks.keras_layer("model", model), found)
     return [
         layer
         for layer in found.values()
@@ -58,11 +58,11 @@ def one_layer(
     if layer is None and len(by_layer) == 1:
         return next(iter(by_layer.items()))
     if not by_layer:
-        _checks.fail(
+        checks.fail(
             f"`model` must have {kind}, and must have been called once.",
             model=model.name,
             mixtures=[name for name, _ in named_layers(model)],
         )
     if layer not in by_layer:
-        _checks.fail(f"`layer` must name {kind}: one of {sorted(by_layer)}.", layer=layer)
+        checks.fail(f"`layer` must name {kind}: one of {sorted(by_layer)}.", layer=layer)
     return str(layer), by_layer[str(layer)]

@@ -5,7 +5,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_moe.types import Config, ConstraintLike, Tensor
+from keras_moe.core.types import Config, ConstraintLike, Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")

@@ -4,7 +4,7 @@ from typing import Any
 
 import keras
 
-from keras_moe.tuning._trace import traced_flops
+from keras_moe.flops.trace import traced_flops
 
 
 def count_products(layer: keras.layers.Layer, *inputs: Any, **arguments: Any) -> int:
@@ -28,12 +28,12 @@ def count_products(layer: keras.layers.Layer, *inputs: Any, **arguments: Any) ->
     Example:
 
     >>> import keras
-    >>> from keras_moe.tuning import count_products
+    >>> from keras_moe.flops import count_products
     >>> layer = keras.layers.Dense(5)
     >>> layer.build((None, 3))
     >>> count_products(layer, keras.KerasTensor((1, 3)))
     30
     """
-    from keras_moe.tuning.layer_flops import find_rule  # it rests on this function
+    from keras_moe.flops.layer_flops import find_rule  # it rests on this function
 
     return traced_flops(layer, inputs, arguments, find_rule, trusts_layer=True)

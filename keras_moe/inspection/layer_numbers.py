@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_moe.callbacks.health import NAMES, Counts, health
+from keras_moe.inspection.health import NAMES, Counts, health
 
 
 def layer_numbers(layer: Any, counts: Counts, wanted: Collection[str] = NAMES) -> dict[str, float]:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from keras_moe.types import Tensor
+from keras_moe.core.types import Tensor
 
 # Of the output's shape and the operation's own arguments.
 Formula = Callable[..., int]

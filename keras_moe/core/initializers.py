@@ -11,8 +11,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_moe import _checks
-from keras_moe.types import Config, InitializerLike, Tensor
+from keras_moe.core import checks
+from keras_moe.core.types import Config, InitializerLike, Tensor
 
 
 class FiniteInitializer(keras.initializers.Initializer):
@@ -34,7 +34,7 @@ class FiniteInitializer(keras.initializers.Initializer):
         except (NotImplementedError, TypeError):
             return value  # symbolic: shape inference, the variable itself is made eagerly later
         if not np.isfinite(array).all():
-            _checks.fail(
+            checks.fail(
                 f"The initializer of `{self.weight}` must return finite numbers.",
                 initializer=self.initializer,
                 non_finite_values=int((~np.isfinite(array)).sum()),

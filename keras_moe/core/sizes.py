@@ -6,7 +6,7 @@ while Keras infers a shape on JAX, it is a symbol, which knows integer arithmeti
 
 from keras import ops
 
-from keras_moe.types import Tensor
+from keras_moe.core.types import Tensor
 
 
 def is_symbolic(size: int | Tensor) -> bool:

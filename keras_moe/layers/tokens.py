@@ -1,12 +1,36 @@
-"""One routing decision per example: from the mean of its tokens, for all of them."""
+"""Tokens as rows: flat masks and ids, padding, and one decision for all tokens of an example."""
 
 import math
 from typing import Any
 
 from keras import ops
 
-from keras_moe.routing import Routing
-from keras_moe.types import Tensor
+from keras_moe.core import checks
+from keras_moe.core.records import Routing
+from keras_moe.core.types import Tensor
+
+
+def flat_mask(layer: str, inputs: Tensor, mask: Tensor | None, axes: tuple[Any, ...]) -> Any:
+    """Checks a mask and returns it as bool of shape `axes`, or None."""
+    if mask is None:
+        return None
+    mask = ops.convert_to_tensor(mask)
+    checks.mask_shape(layer, inputs, mask)
+    return ops.reshape(ops.cast(mask, "bool"), axes)
+
+
+def flat_token_ids(layer: str, inputs: Tensor, token_ids: Tensor | None) -> Tensor:
+    """Checks token ids and returns them as int32 `(N,)`."""
+    ids = None if token_ids is None else ops.convert_to_tensor(token_ids)
+    checks.token_ids(layer, inputs, ids)
+    return ops.reshape(ops.cast(ids, "int32"), (-1,))
+
+
+def zero_where_padded(rows: Tensor, mask: Tensor | None) -> Tensor:
+    """Zeros the rows `(..., d)` of padding, which may hold anything: NaN times 0 is NaN."""
+    if mask is None:
+        return rows
+    return ops.where(ops.expand_dims(mask, -1), rows, ops.zeros_like(rows))
 
 
 def pool_examples(tokens: Tensor, mask: Tensor | None, token_axes: Any) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from typing import Any, NoReturn, TypeVar
 import keras
 import numpy as np
 
-from keras_moe.types import Shape, Tensor
+from keras_moe.core.types import Shape, Tensor
 
 T = TypeVar("T")
 

@@ -11,8 +11,8 @@ import keras
 from keras import ops
 from keras.src import backend
 
-from keras_moe import _checks
-from keras_moe.tuning._products import FORMULAS, Formula
+from keras_moe.core import checks
+from keras_moe.flops.products import FORMULAS, Formula
 
 Rule = Callable[..., int]
 # The rule to apply, or None to follow the call, and whether a matrix without a product is right.
@@ -52,7 +52,7 @@ def traced_flops(
         find_rule: says what to do with a layer that is called inside of `layer`.
         trusts_layer: whether it is right if `layer` has a matrix and no product.
     """
-    _checks.keras_layer("layer", layer)
+    checks.keras_layer("layer", layer)
     check_sizes((inputs, arguments))
     trace = _Trace(layer, find_rule, trusts_layer)
 
@@ -81,7 +81,7 @@ def check_sizes(inputs: Any) -> None:
     """Fails where a size is not known: some backends would take any number for it."""
     shapes = [tuple(each.shape) for each in keras.tree.flatten(inputs) if _is_tensor(each)]
     if any(None in shape for shape in shapes):
-        _checks.fail("`inputs` must have known sizes.", shapes=shapes)
+        checks.fail("`inputs` must have known sizes.", shapes=shapes)
 
 
 class _Trace:
@@ -191,7 +191,7 @@ class _Trace:
 
     def _fail(self, expectation: str, **received: Any) -> NoReturn:
         try:
-            _checks.fail(expectation, **received)
+            checks.fail(expectation, **received)
         except ValueError as error:
             self.error = error
             raise

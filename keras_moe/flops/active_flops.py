@@ -5,8 +5,8 @@ from typing import Any
 
 import keras
 
-from keras_moe import _checks
-from keras_moe.tuning.layer_flops import layer_flops
+from keras_moe.core import checks
+from keras_moe.flops.layer_flops import layer_flops
 
 
 def active_flops(model: keras.layers.Layer, input_shape: Any = None) -> int:
@@ -38,14 +38,14 @@ def active_flops(model: keras.layers.Layer, input_shape: Any = None) -> int:
 
     >>> import keras
     >>> from keras_moe import layers
-    >>> from keras_moe.tuning import active_flops
+    >>> from keras_moe.flops import active_flops
     >>> inputs = keras.Input((10, 16))
     >>> model = keras.Model(inputs, layers.MoE(num_experts=8, hidden_dim=64, top_k=2)(inputs))
     >>> router, experts = 2 * 10 * 16 * 8, 2 * 10 * 2 * (16 * 64 + 64 * 16)
     >>> active_flops(model) == router + experts
     True
     """
-    _checks.built("model", model)
+    checks.built("model", model)
     inputs = _inputs_of_one_example(model, input_shape)
     batch = keras.tree.flatten(inputs)[0].shape[0]  # 1, unless the model fixes it
     return round(Fraction(layer_flops(model, inputs), batch))
@@ -64,7 +64,7 @@ def _inputs_of_one_example(model: keras.layers.Layer, input_shape: Any) -> Any:
             inputs = _with_known_batch_and_dtype(inputs, known)
     specs = [] if inputs is None else keras.tree.flatten(inputs)
     if not specs or any(None in spec.shape[1:] for spec in specs):
-        _checks.fail(
+        checks.fail(
             "`input_shape` must give every size of an example, where the model does not.",
             input_shape=input_shape,
             inputs=known,
@@ -79,7 +79,7 @@ def _check_shapes(input_shape: Any) -> None:
     sizes = [each for each in keras.tree.flatten(input_shape) if each is not None]
     is_structure = isinstance(input_shape, tuple | list | dict)
     if not is_structure or not all(isinstance(each, int) and each >= 0 for each in sizes):
-        _checks.fail(
+        checks.fail(
             "`input_shape` must be a shape, such as (10, 16), or a dict or list of shapes.",
             input_shape=input_shape,
         )
@@ -89,7 +89,7 @@ def _with_known_batch_and_dtype(inputs: Any, known: Any) -> Any:
     try:
         keras.tree.assert_same_structure(inputs, known)
     except (TypeError, ValueError):  # which one depends on the backend
-        _checks.fail(
+        checks.fail(
             "`input_shape` must have the structure of the model's inputs.",
             input_shape=keras.tree.map_structure(lambda spec: spec.shape[1:], inputs),
             inputs=known,

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from keras_moe.types import Tensor
+from keras_moe.core.types import Tensor
 
 
 class Routing(NamedTuple):

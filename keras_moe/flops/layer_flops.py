@@ -9,9 +9,9 @@ from typing import Any
 import keras
 
 from keras_moe import layers
+from keras_moe.flops.count_products import count_products
+from keras_moe.flops.trace import check_sizes, traced_flops
 from keras_moe.models.position_embedding import PositionEmbedding
-from keras_moe.tuning._trace import check_sizes, traced_flops
-from keras_moe.tuning.count_products import count_products
 
 
 @functools.singledispatch
@@ -36,7 +36,7 @@ def layer_flops(layer: keras.layers.Layer, *inputs: Any, **arguments: Any) -> in
     Example:
 
     >>> import keras
-    >>> from keras_moe.tuning import layer_flops
+    >>> from keras_moe.flops import layer_flops
     >>> class Bilinear(keras.layers.Layer):
     ...     def build(self, shape):
     ...         self.kernel = self.add_weight(shape=(shape[-1], shape[-1]))

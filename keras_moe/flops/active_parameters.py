@@ -5,7 +5,8 @@ from fractions import Fraction
 
 import keras
 
-from keras_moe import _checks, layers
+from keras_moe import layers
+from keras_moe.core import checks
 
 
 def active_parameters(model: keras.layers.Layer) -> int:
@@ -30,14 +31,14 @@ def active_parameters(model: keras.layers.Layer) -> int:
     Example:
 
     >>> from keras_moe import layers
-    >>> from keras_moe.tuning import active_parameters
+    >>> from keras_moe.flops import active_parameters
     >>> layer = layers.MoE(num_experts=8, hidden_dim=64, top_k=2, use_bias=False)
     >>> layer.build((None, 16))
     >>> router, experts = 16 * 8, 2 * (16 * 64 + 64 * 16)
     >>> active_parameters(layer) == router + experts
     True
     """
-    _checks.built("model", model)
+    checks.built("model", model)
     active: dict[int, Fraction] = {}
     _collect(model, Fraction(1), active)
     return round(sum(active.values()))

@@ -5,8 +5,8 @@ from fractions import Fraction
 import keras
 from keras import ops
 
-from keras_moe._exporting import is_exporting
-from keras_moe.types import Tensor
+from keras_moe.core.exporting import is_exporting
+from keras_moe.core.types import Tensor
 
 _LARGEST_DENOMINATOR = 10_000  # of slots per token
 

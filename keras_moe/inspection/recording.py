@@ -7,8 +7,8 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_moe import _checks
-from keras_moe._mixtures import named_layers
+from keras_moe.core import checks
+from keras_moe.inspection.mixtures import named_layers
 
 
 @contextmanager
@@ -113,7 +113,7 @@ def _counting(layer: Any) -> Iterator[dict[str, Any]]:
 def _named_mixtures(model: Any) -> list[tuple[str, Any]]:
     named = named_layers(model)
     if not named:
-        _checks.fail(
+        checks.fail(
             "`model` must have a mixture layer that is built: call it once.", model=model.name
         )
     return named

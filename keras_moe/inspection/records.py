@@ -7,9 +7,9 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_moe import _checks
-from keras_moe._mixtures import named_layers, one_layer
-from keras_moe.recording import record_routing
+from keras_moe.core import checks
+from keras_moe.inspection.mixtures import named_layers, one_layer
+from keras_moe.inspection.recording import record_routing
 
 # What is read of a layer that sends tokens to experts, and of one that mixes them into slots.
 SPARSE = ("experts", "weights", "kept")
@@ -65,16 +65,16 @@ def records_of(model: Any, x: Any, batch_size: int, *kinds: tuple[str, ...]) -> 
 
 
 def _batches(x: Any, batch_size: int) -> Iterator[Any]:
-    _checks.positive_int("batch_size", batch_size)
+    checks.positive_int("batch_size", batch_size)
     arrays = _arrays(x)
     if not all(len(getattr(each, "shape", ())) for each in arrays):
-        _checks.fail(
+        checks.fail(
             "`x` must be an array, or a dict or list of arrays.",
             types=sorted({type(each).__name__ for each in arrays}),
         )
     counts = {len(each) for each in arrays}
     if len(counts) != 1 or 0 in counts:
-        _checks.fail(
+        checks.fail(
             "`x` must have at least one example, and as many in each array.",
             shapes=[tuple(each.shape) for each in arrays],
         )
@@ -109,7 +109,7 @@ def check_by_example(name: str, record: Record, x: Any) -> None:
     """Fails where a layer decides about something else than examples or their tokens."""
     count = example_count(x)
     if not is_by_example(record, count):
-        _checks.fail(
+        checks.fail(
             f"`layer` must name one whose inputs have the {count} examples of `x` on their first "
             "axis.",
             layer=name,

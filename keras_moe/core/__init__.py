@@ -1,0 +1,1 @@
+"""What everything rests on: records, checks, numerics, initializers, and no backend."""

@@ -1,0 +1,1 @@
+"""Finding, recording and judging what the mixtures of a model do."""

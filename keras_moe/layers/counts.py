@@ -1,0 +1,190 @@
+"""What layers count in training, exactly over a whole epoch, as weights without gradients."""
+
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_moe.core import checks, numerics
+from keras_moe.core.records import Routing, SoftRouting
+from keras_moe.core.types import Tensor
+
+_BASE = 2.0**20
+
+
+def check_built(layer: keras.layers.Layer) -> None:
+    """Fails with what to do where a layer has not begun to count."""
+    if not layer.built:
+        checks.fail(
+            f"`{type(layer).__name__}` has counts once it is built: call the layer, or build it.",
+            built=False,
+        )
+
+
+class RunningSums:
+    """Sums that stay exact over a long training, in two float32 limbs.
+
+    A single float32 stops counting at 2^24 and integers of 64 bits do not exist on JAX by default;
+    here the low limb overflows into the high one, which is good to 2^44. On several replicas, the
+    first one's counts are kept.
+
+    Args:
+        owner: The layer that gets the weight, of shape `(2, *shape)`.
+        name: Name of the weight.
+        shape: Shape of the sums.
+    """
+
+    def __init__(self, owner: keras.layers.Layer, name: str, shape: tuple[int, ...] = ()) -> None:
+        self._limbs = owner.add_weight(
+            name=name,
+            shape=(2, *shape),
+            initializer="zeros",
+            dtype="float32",
+            trainable=False,
+            autocast=False,
+            aggregation="only_first_replica",
+        )
+
+    def add(self, values: Tensor) -> None:
+        """Adds; what is not finite counts as 0, so that one bad batch does not end the counting."""
+        values = ops.stop_gradient(ops.cast(values, "float32"))
+        values = ops.where(ops.isfinite(values), values, ops.zeros_like(values))
+        low = self._limbs[1] + values
+        carry = ops.floor(low / _BASE)
+        self._limbs.assign(ops.stack([self._limbs[0] + carry, low - carry * _BASE]))
+
+    def read(self) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """The sums since the last reset, float64."""
+        high, low = np.asarray(ops.convert_to_numpy(self._limbs.value), dtype=np.float64)
+        total: np.ndarray[Any, np.dtype[np.float64]] = np.asarray(high * _BASE + low)
+        return total
+
+    def reset(self) -> None:
+        """Starts again from 0."""
+        self._limbs.assign(ops.zeros_like(self._limbs.value))
+
+
+_TOTALS = ("assignments", "dropped", "decisions", "entropy", "confidence")  # as counted
+
+
+class RoutingCounts:
+    """Running counts of routing decisions, as non-trainable weights of a layer.
+
+    Args:
+        owner: The layer that gets the weights.
+        num_experts: The number of experts E.
+    """
+
+    def __init__(self, owner: keras.layers.Layer, num_experts: int) -> None:
+        self._load = RunningSums(owner, "load", (num_experts,))
+        self._totals = RunningSums(owner, "totals", (len(_TOTALS),))
+
+    def add(self, decision: Routing, asked: Tensor, kept: Tensor) -> None:
+        """Counts one batch.
+
+        Args:
+            decision: what the router decided, before drops.
+            asked: bool `(N, k)`, the assignments of the tokens before drops.
+            kept: bool `(N, k)`, those that were carried.
+        """
+        if decision.logits.shape[0] == 0:  # torch has no maximum of nothing
+            return
+        log_p = ops.log_softmax(decision.logits, axis=-1)
+        p = ops.exp(log_p)
+        entropy = -ops.sum(p * log_p, axis=-1)
+        # A token that is not finite has no entropy: it is left out of the mean.
+        is_decided = ops.logical_and(ops.any(decision.kept, axis=-1), ops.isfinite(entropy))
+        assignments = ops.sum(ops.cast(asked, "float32"))
+        totals = (
+            assignments,
+            assignments - ops.sum(ops.cast(kept, "float32")),
+            ops.sum(ops.cast(is_decided, "float32")),
+            ops.sum(ops.where(is_decided, entropy, 0.0)),
+            ops.sum(ops.where(is_decided, ops.max(p, axis=-1), 0.0)),
+        )
+        self._load.add(decision.load)
+        self._totals.add(ops.stack(totals))
+
+    def read(self) -> dict[str, Any]:
+        """The counts since the last reset, float64."""
+        return {"load": self._load.read(), **dict(zip(_TOTALS, self._totals.read(), strict=True))}
+
+    def reset(self) -> None:
+        """Starts again from 0."""
+        self._load.reset()
+        self._totals.reset()
+
+
+_SOFT_TOTALS = ("decisions", "entropy", "sequences", "dispatch_min", "dispatch_max")
+
+
+class SoftCounts:
+    """Sums of combine and dispatch weights, padding and tokens that are not finite left out.
+
+    Args:
+        owner: The layer that gets the weights.
+        num_experts: The experts E.
+        slots_per_expert: The slots P of each.
+    """
+
+    def __init__(self, owner: keras.layers.Layer, num_experts: int, slots_per_expert: int) -> None:
+        self._importance = RunningSums(owner, "importance", (num_experts, slots_per_expert))
+        self._totals = RunningSums(owner, "totals", (len(_SOFT_TOTALS),))
+
+    def add(self, routing: SoftRouting, mask: Tensor | None, visible: Tensor | None) -> None:
+        """Counts a call.
+
+        Args:
+            routing: what was mixed.
+            mask: bool `(batch, n)`, False at padding, or None.
+            visible: what the router says of it: the tokens that a set of slots mixes.
+        """
+        if 0 in tuple(routing.combine.shape):  # torch has no minimum of nothing
+            return
+        combine = routing.combine
+        entropy = numerics.entropy_of(ops.sum(combine, axis=-1))  # of experts, not of slots
+        # A token that is not finite has no entropy: it is left out.
+        is_counted = ops.isfinite(entropy)
+        if mask is not None:
+            is_counted = ops.logical_and(is_counted, mask)
+        combine = ops.where(is_counted[..., None, None], combine, 0.0)
+        decisions = ops.sum(ops.cast(is_counted, "float32"))
+        entropy = ops.sum(ops.where(is_counted, entropy, 0.0))
+        self._importance.add(ops.sum(combine, axis=(0, 1)))
+        self._totals.add(
+            ops.stack([decisions, entropy, *_dispatch_range(routing.dispatch, mask, visible)])
+        )
+
+    def read(self) -> dict[str, Any]:
+        """The sums by name, float64."""
+        slots = self._importance.read()
+        totals = dict(zip(_SOFT_TOTALS, self._totals.read(), strict=True))
+        return {"importance": slots.sum(axis=-1), "slot_importance": slots, **totals}
+
+    def reset(self) -> None:
+        """Starts again from 0."""
+        self._importance.reset()
+        self._totals.reset()
+
+
+def _dispatch_range(dispatch: Tensor, mask: Tensor | None, visible: Tensor | None) -> list[Tensor]:
+    """Sequences, and the sums over them of the smallest and largest weight of a token.
+
+    A token's weight is that in all slots, 1 for the mean token. Of a causal layer a sequence is
+    what one real token sees.
+    """
+    num_slots, is_causal = dispatch.shape[-1] * dispatch.shape[-2], len(dispatch.shape) == 5
+    mass = ops.sum(dispatch, axis=(-2, -1))
+    if visible is None:
+        visible = ops.ones_like(mass, dtype="bool")
+    tokens = ops.sum(ops.cast(visible, "float32"), axis=-1)
+    least = ops.min(ops.where(visible, mass, float("inf")), axis=-1)
+    most = ops.max(mass, axis=-1)
+    is_counted = ops.logical_and(ops.isfinite(least), ops.isfinite(most))
+    if is_causal and mask is not None:
+        is_counted = ops.logical_and(is_counted, mask)
+    return [
+        ops.sum(ops.cast(is_counted, "float32")),
+        *(ops.sum(ops.where(is_counted, m * tokens / num_slots, 0.0)) for m in (least, most)),
+    ]
