@@ -6,6 +6,7 @@ import keras
 from keras import ops
 
 from keras_moe.core.records import Routing
+from keras_moe.core.sizes import at_least
 from keras_moe.core.types import Tensor
 from keras_moe.dispatch import backend
 from keras_moe.dispatch.dispatcher import Dispatcher, ExpertBank, bins_of
@@ -53,7 +54,8 @@ class WalkDispatcher(Dispatcher):
         padding = 0
         if not self.is_grouped:
             padding = backend.current.row_padding(count * top_k, num_experts)
-        bins = bins_of(routing, num_experts, 1 if capacity is None else groups)
+        # Without a capacity nothing competes; a batch of no examples is one group too.
+        bins = bins_of(routing, num_experts, 1 if capacity is None else at_least(groups, 1))
         slots, ends = ragged_slots(bins, num_experts, padding, capacity)
         kept = ops.reshape(slots.slot_of < ops.shape(slots.assignment)[0], (top_k, -1))
         return RowPlacement(ops.transpose(kept), slots, ends)
