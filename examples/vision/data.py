@@ -121,7 +121,7 @@ def _load_digits() -> Arrays:
     except ImportError as error:
         raise DataError(
             f"{SMALL} come with scikit-learn, which cannot be imported ({error}): "
-            'pip install ".[examples]"'
+            'pip install "keras-moe[examples]"'
         ) from error
     digits = load_digits()
     order = np.random.default_rng(0).permutation(len(digits.target))

@@ -268,15 +268,13 @@ class LinearRouter(Router):
         seed: int | None = None,
         **kwargs: Any,
     ) -> None:
+        if kernel_initializer is None:  # before the noise: each draws a seed where none is given
+            kernel_initializer = keras.initializers.RandomNormal(stddev=0.02)
         super().__init__(num_experts, top_k, losses=losses, seed=seed, **kwargs)
         self.jitter = checks.rate("jitter", jitter)
         if self.jitter and self.seed_generator is None:
             self.seed_generator = keras.random.SeedGenerator(seed)
-        self.kernel_initializer = keras.initializers.get(
-            keras.initializers.RandomNormal(stddev=0.02)
-            if kernel_initializer is None
-            else kernel_initializer
-        )
+        self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
         self.kernel_constraint = keras.constraints.get(kernel_constraint)
 
