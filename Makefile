@@ -40,14 +40,14 @@ router-table: $(VENV)/.dev
 
 # The short loop: what most mistakes turn red, on the backend that compiles nothing, and the bridge.
 CHECK_TESTS := tests/dispatch tests/parity tests/routers tests/layers/test_contract.py \
-	tests/layers/test_frozen.py tests/layers/test_idle_experts.py tests/layers/test_traps.py \
+	tests/layers/test_idle_experts.py tests/layers/test_traps.py \
 	tests/layers/test_values_and_gradients.py tests/tuning/test_active_cost.py \
 	tests/tuning/test_active_flops.py tests/tuning/test_active_parameters.py \
 	tests/tuning/test_check_project.py
 
 check: lint
 	KERAS_BACKEND=torch $(PYTEST) $(CHECK_TESTS)
-	$(TFRS) $(PYTEST) tests/integrations/test_tfrs.py -k "loss or frozen or train or saved"
+	$(TFRS) $(PYTEST) tests/integrations/test_tfrs.py -k "loss or frozen or flag"
 
 test: lint docs test-jax test-tensorflow test-torch test-tfrs test-once
 
