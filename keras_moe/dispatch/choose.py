@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import keras
 
 from keras_moe.core import checks
-from keras_moe.core.types import Config, Tensor
+from keras_moe.core.types import Tensor
 from keras_moe.dispatch import backend, native
 from keras_moe.dispatch.costs import dropless_costs, least_cost, walk_beats_slots
 from keras_moe.dispatch.dense import DenseDispatcher
@@ -71,6 +71,7 @@ class Sizes(NamedTuple):
         slots: all slots E C of all groups, or None without a capacity.
         dtype: of the tokens.
         training: whether gradients are taken.
+        is_on_cpu: whether the call runs on a CPU.
     """
 
     tokens: int | Tensor | None
@@ -78,6 +79,7 @@ class Sizes(NamedTuple):
     slots: int | Tensor | None
     dtype: str
     training: bool
+    is_on_cpu: bool
 
 
 def get(dispatch: Any, *, has_capacity: bool, chooses_tokens: bool = False) -> Dispatcher | None:
@@ -151,27 +153,16 @@ def plan(asked: Dispatcher | None, experts: ExpertBank, sizes: Sizes) -> Dispatc
     return DispatchPlan(taken.name, overhead, reason)
 
 
-def config_of(dispatcher: Dispatcher | None) -> str | Config:
-    """What `get` makes the dispatcher of again."""
-    if dispatcher is None:
-        return "auto"
-    config: Config = keras.saving.serialize_keras_object(dispatcher)
-    return config
-
-
 def _best_at_capacity(experts: ExpertBank, sizes: Sizes) -> str:
     """Slots, or on a CPU a walk over what is kept, where that costs less."""
     tokens, slots = sizes.tokens, sizes.slots
-    if slots is None or not takes_rows(experts) or not _is_on_cpu(experts):
+    if slots is None or not takes_rows(experts) or not sizes.is_on_cpu:
         return "slots"
     assigned = tokens * sizes.top_k if isinstance(tokens, int) else None
-    walks = walk_beats_slots(assigned, slots, experts.num_experts, experts.count_params())
+    # Before a bank is built, its experts count as small ones.
+    weights = experts.count_params() if experts.built else 0
+    walks = walk_beats_slots(assigned, slots, experts.num_experts, weights)
     return "walk" if walks else "slots"
-
-
-def _is_on_cpu(experts: ExpertBank) -> bool:
-    weights: list[Any] = getattr(experts, "weights", [])
-    return bool(weights) and bool(backend.current.is_on_cpu(weights[0].value))
 
 
 def _costs(experts: ExpertBank, sizes: Sizes) -> dict[str, float]:

@@ -1,42 +1,18 @@
 """All experts on all tokens: right when most experts are chosen anyway."""
 
-from typing import NamedTuple
-
 import keras
 from keras import ops
 
-from keras_moe.core.records import Routing
 from keras_moe.core.types import Tensor
-from keras_moe.dispatch.dispatcher import Dispatcher, ExpertBank, kept_within, weighted_sum
-
-
-class ChoicePlacement(NamedTuple):
-    """Assignments where they stand.
-
-    Attributes:
-        kept: bool `(N, k)`.
-        experts: int32 `(N, k)`.
-    """
-
-    kept: Tensor
-    experts: Tensor
+from keras_moe.dispatch.dispatcher import ExpertBank
+from keras_moe.dispatch.in_place import ChoicePlacement, InPlaceDispatcher, weighted_sum
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
-class DenseDispatcher(Dispatcher):
+class DenseDispatcher(InPlaceDispatcher):
     """Runs every expert on every token and mixes: E / k times the chosen experts' FLOPs."""
 
     name = "dense"
-
-    def place(
-        self,
-        routing: Routing,
-        num_experts: int,
-        capacity: int | Tensor | None = None,
-        groups: int | Tensor = 1,
-    ) -> ChoicePlacement:
-        kept = kept_within(routing, num_experts, capacity, groups)
-        return ChoicePlacement(kept, routing.experts)
 
     def run(
         self,

@@ -2,7 +2,6 @@
 
 from typing import Any, Protocol
 
-import keras
 from keras import ops
 
 from keras_moe.core.exporting import is_exporting
@@ -20,9 +19,11 @@ class ExpertBank(Protocol):
         num_experts: the number of experts E.
         takes_dynamic_blocks: whether the rows per block may be unknown in a TensorFlow graph.
         takes_rows: whether it takes `rows`, tokens and who goes where; False if missing.
+        built: whether it has its weights.
     """
 
     num_experts: int
+    built: bool
     takes_dynamic_blocks: bool
 
     def count_params(self) -> int:
@@ -188,10 +189,3 @@ def kept_by_priority(
     fits = ops.reshape(bins.position < capacity, by_choice)
     fits = ops.take(fits, ops.argsort(order), axis=1)
     return ops.logical_and(routing.kept, ops.transpose(fits))
-
-
-def weighted_sum(values: Tensor, weights: Tensor, dtype: str) -> Tensor:
-    """Sums `(k, N, out)` with weights `(k, N)` over k, in float32 at least."""
-    wide = keras.backend.result_type(dtype, "float32")
-    terms = ops.cast(values, wide) * ops.expand_dims(ops.cast(weights, wide), -1)
-    return ops.cast(ops.sum(terms, axis=0), dtype)

@@ -3,14 +3,13 @@
 import keras
 from keras import ops
 
-from keras_moe.core.records import Routing
 from keras_moe.core.types import Tensor
-from keras_moe.dispatch.dense import ChoicePlacement
-from keras_moe.dispatch.dispatcher import Dispatcher, ExpertBank, kept_within, weighted_sum
+from keras_moe.dispatch.dispatcher import ExpertBank
+from keras_moe.dispatch.in_place import ChoicePlacement, InPlaceDispatcher, weighted_sum
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
-class LookupDispatcher(Dispatcher):
+class LookupDispatcher(InPlaceDispatcher):
     """Gathers the weights of each token's experts: no sorting, and a copy of an expert per row.
 
     For decoding, where there are fewer assignments than experts. The copies are 2 k N d h numbers,
@@ -18,16 +17,6 @@ class LookupDispatcher(Dispatcher):
     """
 
     name = "lookup"
-
-    def place(
-        self,
-        routing: Routing,
-        num_experts: int,
-        capacity: int | Tensor | None = None,
-        groups: int | Tensor = 1,
-    ) -> ChoicePlacement:
-        kept = kept_within(routing, num_experts, capacity, groups)
-        return ChoicePlacement(kept, routing.experts)
 
     def run(
         self,

@@ -92,7 +92,10 @@ def ragged_slots(
         empty = ops.zeros((padding,), dtype="int32") + as_tensor(total, "int32")
         assignment = ops.concatenate([assignment, empty])
     slots = Slots(assignment, _where(is_kept, slot_of, total + padding))
-    return slots, ops.reshape(ends, (num_experts, -1))[:, -1]
+    if capacity is not None:  # of an expert's groups the last one; a copy, whole in memory
+        groups = num_bins // num_experts
+        ends = entries_at(ends, (ops.arange(num_experts, dtype="int32") + 1) * groups - 1)
+    return slots, ends
 
 
 def block_slots(

@@ -45,6 +45,7 @@ class ExpertFeedForward(FreezesParts, RematerializesExperts):
         kernel_constraint: Optional constraint of kernels.
         bias_constraint: Optional constraint of biases.
         seed: Optional integer, seed of dropout.
+        describes_others: Whether the layer makes other experts, which these arguments describe too.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class ExpertFeedForward(FreezesParts, RematerializesExperts):
         kernel_constraint: ConstraintLike,
         bias_constraint: ConstraintLike,
         seed: int | None,
+        describes_others: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -94,6 +96,10 @@ class ExpertFeedForward(FreezesParts, RematerializesExperts):
                 "`output_dim` must be None where `experts` are layers, which set it themselves.",
                 output_dim=self.output_dim,
             )
+        if self.experts is not None and not describes_others:
+            self._refuse_descriptions()
+        if self.experts is not None:
+            adopt(self.experts, "experts")  # now that nothing here is refused any more
 
     def _refuse_descriptions(self) -> None:
         """Fails where an argument describes experts that the layer does not make."""
@@ -121,7 +127,6 @@ class ExpertFeedForward(FreezesParts, RematerializesExperts):
                     f"A bank of `experts` must have num_experts={self.num_experts}.",
                     **{"experts.num_experts": experts.num_experts},
                 )
-            adopt(experts, "experts")
             return experts
         if not isinstance(experts, keras.layers.Layer | Sequence):
             checks.fail(
@@ -131,16 +136,10 @@ class ExpertFeedForward(FreezesParts, RematerializesExperts):
             )
         return LayerExperts(experts, self.num_experts, name="experts", dtype=self.dtype_policy)
 
-    def _make_experts(self, others: int = 0) -> None:
-        """Makes the bank of named experts; after the router, whose weights come first.
-
-        Args:
-            others: how many other experts the layer makes, which its arguments describe too.
-        """
+    def _make_experts(self) -> None:
+        """Makes the bank of named experts; after the router, whose weights come first."""
         if self._experts_name is not None:
             self.experts = self._mlp(self.num_experts, "experts")
-        elif not others:
-            self._refuse_descriptions()
 
     def _build_experts(self, width: int) -> None:
         build_once(self.experts, (self.num_experts, None, width))

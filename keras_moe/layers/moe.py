@@ -184,6 +184,7 @@ class MoE(ExpertFeedForward):
             kernel_constraint=kernel_constraint,
             bias_constraint=bias_constraint,
             seed=seed,
+            describes_others=bool(num_shared_experts),
             name=name_or_default(name, "moe"),
             **kwargs,
         )
@@ -241,13 +242,14 @@ class MoE(ExpertFeedForward):
         }
         self.top_k = self.router.top_k
         self._check_router()
+        self._dispatch_argument = dispatch
         self.dispatcher: Dispatcher | None = choose.get(
             dispatch,
             has_capacity=self.capacity_factor is not None,
             chooses_tokens=self.router.chooses_tokens,
         )
         self.shared_experts: ExpertMLP | None = None
-        self._make_experts(others=self.num_shared_experts)
+        self._make_experts()
         if self.num_shared_experts:
             self.shared_experts = self._mlp(self.num_shared_experts, "shared_experts")
         freeze_parts(self)
@@ -370,7 +372,7 @@ class MoE(ExpertFeedForward):
             kept = kept_by_priority(routing, priority, self.num_experts, capacity, groups)
             routing = routing._replace(kept=kept)  # now all fit, in any order
         count, top_k = ops.shape(routing.experts)
-        sizes = self._sizes(count, top_k, capacity, groups, training)
+        sizes = self._sizes(count, top_k, capacity, groups, training, tokens)
         dispatcher = choose.choose(self.dispatcher, self.experts, sizes)
         placement = dispatcher.place(routing, self.num_experts, capacity, groups)
 
@@ -443,7 +445,8 @@ class MoE(ExpertFeedForward):
         """
         count = checks.positive_int("n_tokens", n_tokens)
         capacity = self._capacity((1, count), training)
-        sizes = self._sizes(count, self.router.experts_per_token, capacity, 1, training)
+        top_k, anywhere = self.router.experts_per_token, ops.zeros(())
+        sizes = self._sizes(count, top_k, capacity, 1, training, anywhere)
         return choose.plan(self.dispatcher, self.experts, sizes)
 
     def _sizes(
@@ -453,6 +456,7 @@ class MoE(ExpertFeedForward):
         capacity: int | Tensor | None,
         groups: int | Tensor,
         training: bool | None,
+        like: Tensor,
     ) -> choose.Sizes:
         return choose.Sizes(
             tokens=count,
@@ -460,6 +464,7 @@ class MoE(ExpertFeedForward):
             slots=None if capacity is None else self.num_experts * groups * capacity,
             dtype=self.compute_dtype,
             training=bool(training),
+            is_on_cpu=backend.current.is_on_cpu(like),
         )
 
     # === Keras ===
@@ -483,8 +488,8 @@ class MoE(ExpertFeedForward):
     def get_config(self) -> Config:
         is_named = isinstance(self._router_argument, str)
         router = self._router_argument if is_named else config_of(self.router)
-        chooses_tokens = self.router.chooses_tokens
-        dispatch = "auto" if chooses_tokens else choose.config_of(self.dispatcher)
+        is_named = isinstance(self._dispatch_argument, str)
+        dispatch = self._dispatch_argument if is_named else config_of(self.dispatcher)
         return {
             **super().get_config(),
             **self._router_arguments,

@@ -12,7 +12,7 @@ from keras import ops
 
 from keras_moe import layers
 from keras_moe.core.numerics import slots_per_expert
-from keras_moe.dispatch import WalkDispatcher, backend, costs
+from keras_moe.dispatch import WalkDispatcher, backend, choose, costs
 from tests import helpers
 
 SLOTS, WALK = float("inf"), 0.0
@@ -59,6 +59,44 @@ def test_both_ways_agree(monkeypatch, taken, factor, group, experts):
     np.testing.assert_array_equal(kept_by_walk, kept_in_slots)
     assert factor >= 2.0 or not kept_in_slots[mask].all()  # something was dropped
     helpers.assert_all_close(by_walk, in_slots)
+
+
+@pytest.mark.parametrize("group", ["batch", "example"])
+@pytest.mark.parametrize("dispatch", sorted(choose.DISPATCHERS))
+def test_every_dispatcher_drops_the_same(dispatch, group):
+    """And is in a config by its name."""
+    layer = layers.MoE(
+        5, 7, top_k=2, capacity_factor=0.5, capacity_group=group, dispatch=dispatch, name="one"
+    )
+    assert layer.get_config()["dispatch"] == dispatch
+    reference = layers.MoE.from_config({**layer.get_config(), "dispatch": "einsum"})
+    rng = np.random.default_rng(0)
+    x, cotangent = (rng.normal(size=(3, 9, 4)).astype("float32") for _ in range(2))
+    mask = rng.random(size=(3, 9)) < 0.8
+    found = []
+    for each in (layer, reference):
+        each.build((None, None, 4))
+        helpers.randomize_weights(each)
+        if dispatch == "grouped" and keras.backend.backend() == "tensorflow":
+            pytest.skip("TensorFlow has no grouped matmul")
+        (outputs, routing), losses, gradients = helpers.values_and_gradients(
+            each, x, cotangent, lambda result: result[0], mask=mask, return_routing=True
+        )
+        found.append((routing.kept, {"outputs": outputs, "losses": losses, **gradients}))
+    np.testing.assert_array_equal(found[0][0], found[1][0])
+    assert not found[1][0][mask].all()  # something was dropped
+    helpers.assert_all_close(found[0][1], found[1][1])
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.0, 4.0])
+@pytest.mark.parametrize("is_built", [False, True])
+def test_the_plan_is_what_a_call_takes(taken, factor, is_built):
+    layer = layers.MoE(8, 8, capacity_factor=factor)
+    if is_built:
+        layer.build((None, 4))
+    plan = layer.dispatch_plan(64, training=False)
+    layer(ops.ones((64, 4)))
+    assert (plan.dispatcher == "walk") == bool(taken)
 
 
 @pytest.mark.parametrize(

@@ -108,9 +108,10 @@ def test_dispatch_plan_tells_dispatcher_overhead_and_reason():
     assert 1.0 < free.dispatch_plan(4096).overhead < 1.3 < 8 / 2
     assert dense.dispatch_plan(4096).dispatcher == "dense"
     assert dense.dispatch_plan(4096).overhead == pytest.approx(1)
-    assert bounded.dispatch_plan(4096).dispatcher in ("slots", "walk")
+    walks = keras.backend.backend() == "torch"  # whose walk beats slots at any size
+    assert bounded.dispatch_plan(4096).dispatcher == ("walk" if walks else "slots")
     assert bounded.dispatch_plan(4096).overhead == pytest.approx(1.25)
-    assert bounded.dispatch_plan(4096).reason.startswith("a capacity is set")
+    assert ("rows it keeps" if walks else "slots in all") in bounded.dispatch_plan(4096).reason
     assert layers.MoE(8, 64, dispatch="walk").dispatch_plan(8).reason.startswith("asked for")
 
 

@@ -150,8 +150,10 @@ DESCRIPTIONS = {
 def test_experts_are_described_once(layer, argument):
     """By what they are, or by the layer that makes them."""
     for make in (lambda: keras.layers.Dense(D), lambda: layers.ExpertMLP(E, [8, D])):
+        experts = make()
         with pytest.raises(ValueError, match=f"`{argument}` must be") as error:
-            layer(E, experts=make(), **{argument: DESCRIPTIONS[argument]})
+            layer(E, experts=experts, **{argument: DESCRIPTIONS[argument]})
         assert "Received: " in str(error.value)
+        layer(E, experts=experts)  # corrected, with the same experts
         copy = layer.from_config(layer(E, experts=make()).get_config())
         assert copy.activation is layer(E, 8).activation

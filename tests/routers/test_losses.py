@@ -114,7 +114,7 @@ def test_a_layer_adds_them_for_each_sequence(name):
     for loss, value in expected.items():
         assert routing.losses[loss] == pytest.approx(value, rel=1e-5), loss
     weights = layer.router.loss_weights
-    assert set(weights) <= set(routing.losses)
+    assert set(routing.losses) == {"balance", "z_loss", *weights}
     total = sum(weights.get(each, 0.0) * value for each, value in routing.losses.items())
     assert sum(added) == pytest.approx(float(total), rel=1e-5)
     alone, _ = helpers.call(layer, x[0][None])

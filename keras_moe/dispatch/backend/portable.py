@@ -7,7 +7,7 @@ from keras import ops
 
 from keras_moe.core.numerics import edges_of
 from keras_moe.core.types import Tensor
-from keras_moe.dispatch.layout import Rows, Stage, entries_at
+from keras_moe.dispatch.layout import Rows, Stage, entries_at, wide_dtype
 
 WALKS = False  # whether `walk` is faster than padded blocks
 HAS_GROUPED_MATMUL = False  # whether `grouped_matmul` is the platform's own
@@ -46,8 +46,9 @@ def walk(tokens: Tensor, rows: Rows, stages: Sequence[Stage]) -> Tensor:
     slot_of = ops.reshape(slots.slot_of, (top_k, count))
     is_kept = ops.expand_dims(slot_of < ops.shape(hidden)[0], -1)
     chosen = ops.take(hidden, ops.where(is_kept[..., 0], slot_of, 0), axis=0)
-    terms = ops.where(is_kept, ops.cast(chosen, "float32"), 0.0)
-    terms = terms * ops.expand_dims(ops.transpose(weights), -1)
+    wide = wide_dtype(tokens)
+    terms = ops.where(is_kept, ops.cast(chosen, wide), 0.0)
+    terms = terms * ops.cast(ops.expand_dims(ops.transpose(weights), -1), wide)
     return ops.cast(ops.sum(terms, axis=0), tokens.dtype)
 
 
