@@ -46,7 +46,7 @@ class CallPath:
 
 def follow(is_shown: bool = False) -> dict[str, int]:
     """Runs the layer twice and follows the second call."""
-    layer = keras_moe.layers.MoE(8, 64, top_k=2, dispatch="walk")
+    layer = keras_moe.layers.MoE(8, 64, top_k=2)
     x = keras.ops.convert_to_tensor(np.ones((4, 16, 32), "float32"))
     layer(x)
     path = CallPath()

@@ -40,7 +40,6 @@ class CsvWriter:
         self._writer: csv.DictWriter[str] | None = None
 
     def write(self, epoch: int, scalars: dict[str, float], details: Row) -> None:
-        del details
         if self._writer is None:
             self._writer = csv.DictWriter(self._file, ["epoch", *scalars], lineterminator="\n")
             self._writer.writeheader()
@@ -85,7 +84,6 @@ class TensorBoardWriter:
         self._add(self._event(wall_time=time.time(), file_version="brain.Event:2"))
 
     def write(self, epoch: int, scalars: dict[str, float], details: Row) -> None:
-        del details
         values = [self._summary.Value(tag=tag, simple_value=each) for tag, each in scalars.items()]
         summary = self._summary(value=values)
         self._add(self._event(wall_time=time.time(), step=epoch, summary=summary))

@@ -37,6 +37,4 @@ def exporting() -> Iterator[None]:
         _is_on.reset(token)
 
 
-def is_exporting() -> bool:
-    """Whether a call is made inside `exporting()`."""
-    return _is_on.get()
+is_exporting = _is_on.get  # whether a call is made inside `exporting()`

@@ -6,7 +6,7 @@ import keras
 from keras import ops
 
 from keras_moe.core.exporting import is_exporting
-from keras_moe.core.types import Tensor
+from keras_moe.core.types import Size, Tensor
 
 _LARGEST_DENOMINATOR = 10_000  # of slots per token
 
@@ -43,7 +43,7 @@ def entropy_of(p: Tensor) -> Tensor:
     return -ops.sum(p * ops.log(ops.maximum(p, 1e-30)), axis=-1)
 
 
-def slots_per_expert(slots_per_token: float, count: int | Tensor) -> int | Tensor:
+def slots_per_expert(slots_per_token: float, count: Size) -> Size:
     """C = ceil(capacity_factor k / E * N), at most N since no token needs an expert twice.
 
     In integers: symbols of an export know nothing else, and a product of floats such as
@@ -59,11 +59,11 @@ def slots_per_expert(slots_per_token: float, count: int | Tensor) -> int | Tenso
     return whole * rate.numerator + _rounded_up(rest, rate)
 
 
-def _rounded_up(count: int | Tensor, rate: Fraction) -> int | Tensor:
+def _rounded_up(count: Size, rate: Fraction) -> Size:
     return (count * rate.numerator + rate.denominator - 1) // rate.denominator
 
 
-def edges_of(sorted_bins: Tensor, num_bins: int | Tensor) -> Tensor:
+def edges_of(sorted_bins: Tensor, num_bins: Size) -> Tensor:
     """Where each bin begins among sorted bin numbers, and where the last one ends.
 
     Args:

@@ -17,6 +17,7 @@ class Routing(NamedTuple):
         weights: float32 `(N, k)`, the weight of each chosen expert's output.
         kept: bool `(N, k)`, False for padding, for assignments dropped for lack of capacity, and,
             where their number varies, for experts that a token does not take.
+        asked: bool `(N, k)`, the same before drops: what is asked and not kept was dropped.
         logits: float32 `(N, E)`, the router's raw scores.
         load: float32 `(E,)`, assignments per expert, padding excluded, counted before drops.
         losses: the auxiliary losses by name, float32 scalars before their coefficients.
@@ -25,6 +26,7 @@ class Routing(NamedTuple):
     experts: Tensor
     weights: Tensor
     kept: Tensor
+    asked: Tensor
     logits: Tensor
     load: Tensor
     losses: dict[str, Tensor]

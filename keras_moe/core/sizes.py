@@ -6,22 +6,22 @@ while Keras infers a shape on JAX, it is a symbol, which knows integer arithmeti
 
 from keras import ops
 
-from keras_moe.core.types import Tensor
+from keras_moe.core.types import Size, Tensor
 
 
-def is_symbolic(size: int | Tensor) -> bool:
+def is_symbolic(size: Size) -> bool:
     """Whether a size is a symbol, neither an int nor a tensor that holds one."""
     return not isinstance(size, int) and not hasattr(size, "dtype")
 
 
-def as_tensor(size: int | Tensor, dtype: str) -> Tensor:
+def as_tensor(size: Size, dtype: str) -> Tensor:
     """The size as a scalar tensor."""
     if is_symbolic(size):  # PyTorch would make a constant of it
         return ops.sum(ops.ones((size,), dtype=dtype))
     return ops.cast(size, dtype)
 
 
-def at_least(size: int | Tensor, least: int) -> int | Tensor:
+def at_least(size: Size, least: int) -> Size:
     """The larger one of a size and a number; a symbol is taken to be large enough."""
     if isinstance(size, int):
         return max(size, least)

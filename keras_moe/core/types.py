@@ -6,9 +6,18 @@ from typing import Any, TypeAlias
 Tensor: TypeAlias = Any
 """A tensor of the active backend, or a `keras.KerasTensor` while a functional model is built."""
 
+Size: TypeAlias = int | Tensor
+"""The size of an axis: an int, or what stands for an unknown one, see `keras_moe.core.sizes`."""
+
+Axes: TypeAlias = tuple[Size, ...]
+"""The sizes of several axes of a tensor, as `ops.shape` gives them."""
+
 Shape: TypeAlias = tuple[int | None, ...]
 Config: TypeAlias = dict[str, Any]
 Activation: TypeAlias = str | Callable[[Any], Any] | None
 InitializerLike: TypeAlias = Any
 RegularizerLike: TypeAlias = Any
 ConstraintLike: TypeAlias = Any
+
+ExpertsLike: TypeAlias = Any
+"""A name, a bank, a Keras layer, the config of one of these, or a list of Keras layers."""

@@ -1,11 +1,12 @@
 """Which dispatcher a call takes, and why: one decision, for the call and for `dispatch_plan`."""
 
+import functools
 from typing import Any, NamedTuple
 
 import keras
 
 from keras_moe.core import checks
-from keras_moe.core.types import Tensor
+from keras_moe.core.types import Config, Size, Tensor
 from keras_moe.dispatch import backend, native
 from keras_moe.dispatch.costs import dropless_costs, least_cost, walk_beats_slots
 from keras_moe.dispatch.dense import DenseDispatcher
@@ -71,18 +72,20 @@ class Sizes(NamedTuple):
         slots: all slots E C of all groups, or None without a capacity.
         dtype: of the tokens.
         training: whether gradients are taken.
-        is_on_cpu: whether the call runs on a CPU.
+        like: a tensor on the device that the call runs on.
     """
 
-    tokens: int | Tensor | None
+    tokens: Size | None
     top_k: int
-    slots: int | Tensor | None
+    slots: Size | None
     dtype: str
     training: bool
-    is_on_cpu: bool
+    like: Tensor
 
 
-def get(dispatch: Any, *, has_capacity: bool, chooses_tokens: bool = False) -> Dispatcher | None:
+def get(
+    dispatch: Dispatcher | str | Config, *, has_capacity: bool, chooses_tokens: bool = False
+) -> Dispatcher | None:
     """Returns the dispatcher for `dispatch`, a name, a config or an object; None for "auto".
 
     Args:
@@ -128,12 +131,16 @@ def choose(asked: Dispatcher | None, experts: ExpertBank, sizes: Sizes) -> Dispa
         experts: the bank.
         sizes: of the call.
     """
-    dispatcher = asked
-    if dispatcher is None:
-        name = _best_at_capacity(experts, sizes) if sizes.slots is not None else ""
-        costs = {} if name else _costs(experts, sizes)
-        dispatcher = DISPATCHERS[name or min(costs, key=lambda each: costs[each])]()
-    return _possible(dispatcher, experts, sizes)
+    dispatcher, is_bank = asked, takes_rows(experts)
+    if dispatcher is None and sizes.slots is not None:
+        dispatcher = DISPATCHERS[_best_at_capacity(experts, is_bank, sizes)]()
+    elif dispatcher is None:
+        count = sizes.tokens if isinstance(sizes.tokens, int) else _MANY
+        costs = _costs(
+            count, experts.num_experts, sizes.top_k, sizes.training, is_bank, sizes.dtype
+        )
+        dispatcher = DISPATCHERS[min(costs, key=costs.__getitem__)]()
+    return _possible(dispatcher, experts, is_bank, sizes)
 
 
 def plan(asked: Dispatcher | None, experts: ExpertBank, sizes: Sizes) -> DispatchPlan:
@@ -143,7 +150,11 @@ def plan(asked: Dispatcher | None, experts: ExpertBank, sizes: Sizes) -> Dispatc
     if slots is not None and taken.name in _OF_SLOTS:
         overhead = float(slots) / (tokens * sizes.top_k)
     else:
-        cost = _costs(experts, sizes).get(taken.name, float("nan"))
+        is_bank = takes_rows(experts)
+        costs = _costs(
+            tokens, experts.num_experts, sizes.top_k, sizes.training, is_bank, sizes.dtype
+        )
+        cost = costs.get(taken.name, float("nan"))
         overhead = cost / least_cost(tokens, experts.num_experts, sizes.top_k)
     reason = _WHY.get(taken.name, "a dispatcher of yours").format(slots=slots or 0)
     if slots is not None and taken.name == "walk":
@@ -153,10 +164,10 @@ def plan(asked: Dispatcher | None, experts: ExpertBank, sizes: Sizes) -> Dispatc
     return DispatchPlan(taken.name, overhead, reason)
 
 
-def _best_at_capacity(experts: ExpertBank, sizes: Sizes) -> str:
+def _best_at_capacity(experts: ExpertBank, is_bank: bool, sizes: Sizes) -> str:
     """Slots, or on a CPU a walk over what is kept, where that costs less."""
     tokens, slots = sizes.tokens, sizes.slots
-    if slots is None or not takes_rows(experts) or not sizes.is_on_cpu:
+    if slots is None or not is_bank or not backend.current.is_on_cpu(sizes.like):
         return "slots"
     assigned = tokens * sizes.top_k if isinstance(tokens, int) else None
     # Before a bank is built, its experts count as small ones.
@@ -165,20 +176,24 @@ def _best_at_capacity(experts: ExpertBank, sizes: Sizes) -> str:
     return "walk" if walks else "slots"
 
 
-def _costs(experts: ExpertBank, sizes: Sizes) -> dict[str, float]:
+@functools.lru_cache(maxsize=1024)  # every eager call asks
+def _costs(
+    tokens: int, num_experts: int, top_k: int, training: bool, is_bank: bool, dtype: str
+) -> dict[str, float]:
     """Predicted cost of dropless dispatchers, in rows of the experts; see `dropless_costs`."""
-    is_bank = takes_rows(experts)
     return dropless_costs(
-        max(sizes.tokens, 1) if isinstance(sizes.tokens, int) else _MANY,
-        experts.num_experts,
-        sizes.top_k,
-        training=sizes.training,
+        max(tokens, 1),
+        num_experts,
+        top_k,
+        training=training,
         is_bank=is_bank,
-        grouped=is_bank and native.is_good(sizes.dtype),
+        grouped=is_bank and native.is_good(dtype),
     )
 
 
-def _possible(dispatcher: Dispatcher, experts: ExpertBank, sizes: Sizes) -> Dispatcher:
+def _possible(
+    dispatcher: Dispatcher, experts: ExpertBank, is_bank: bool, sizes: Sizes
+) -> Dispatcher:
     """The dispatcher, or what takes its place where experts or an export cannot do it."""
     is_static = bool(getattr(experts, "takes_dynamic_blocks", False))
     if isinstance(dispatcher, WalkDispatcher):
@@ -188,7 +203,7 @@ def _possible(dispatcher: Dispatcher, experts: ExpertBank, sizes: Sizes) -> Disp
                 experts=experts,
             )
         can_walk = dispatcher.is_grouped or backend.current.WALKS
-        if takes_rows(experts) and can_walk:
+        if is_bank and can_walk:
             return dispatcher
         dispatcher = PaddedBlocksDispatcher(has_static_blocks=not is_static)
     if isinstance(dispatcher, PaddedBlocksDispatcher) and not is_static:

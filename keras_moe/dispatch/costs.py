@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import keras
 
-from keras_moe.core.types import Tensor
+from keras_moe.core.types import Size
 
 
 class Platform(NamedTuple):
@@ -80,9 +80,7 @@ def dropless_costs(
     return costs
 
 
-def walk_beats_slots(
-    assigned: int | Tensor, slots: int | Tensor, num_experts: int, weights: int
-) -> bool:
+def walk_beats_slots(assigned: Size, slots: Size, num_experts: int, weights: int) -> bool:
     """Whether, on a CPU, a walk over what is kept costs less than all slots at once.
 
     Args:

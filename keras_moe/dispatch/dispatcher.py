@@ -7,7 +7,7 @@ from keras import ops
 from keras_moe.core.exporting import is_exporting
 from keras_moe.core.records import Routing
 from keras_moe.core.sizes import as_tensor, at_least
-from keras_moe.core.types import Config, Tensor
+from keras_moe.core.types import Config, Size, Tensor
 from keras_moe.dispatch.layout import Bins, Rows
 from keras_moe.dispatch.plan import sort_into_bins
 
@@ -71,11 +71,7 @@ class Dispatcher:
     needs_capacity = False
 
     def place(
-        self,
-        routing: Routing,
-        num_experts: int,
-        capacity: int | Tensor | None = None,
-        groups: int | Tensor = 1,
+        self, routing: Routing, num_experts: int, capacity: Size | None = None, groups: Size = 1
     ) -> Any:
         """Places the assignments.
 
@@ -120,7 +116,7 @@ class Dispatcher:
         return cls(**config)
 
 
-def needed(capacity: int | Tensor | None, name: str) -> int | Tensor:
+def needed(capacity: Size | None, name: str) -> Size:
     """The capacity of a dispatcher that works with slots alone."""
     if capacity is None:
         raise ValueError(f"`dispatch={name!r}` needs a `capacity_factor`. Received: None")
@@ -132,7 +128,7 @@ def takes_rows(experts: ExpertBank) -> bool:
     return bool(getattr(experts, "takes_rows", False)) and not is_exporting()
 
 
-def bin_of_assignments(routing: Routing, num_experts: int, groups: int | Tensor = 1) -> Tensor:
+def bin_of_assignments(routing: Routing, num_experts: int, groups: Size = 1) -> Tensor:
     """The bin of each assignment, choice-major `(k N,)`: expert-major, then by group."""
     count = ops.shape(routing.experts)[0]
     bins = routing.experts
@@ -146,14 +142,12 @@ def bin_of_assignments(routing: Routing, num_experts: int, groups: int | Tensor 
     return ops.reshape(ops.transpose(bins), (-1,))
 
 
-def bins_of(routing: Routing, num_experts: int, groups: int | Tensor = 1) -> Bins:
+def bins_of(routing: Routing, num_experts: int, groups: Size = 1) -> Bins:
     """The assignments sorted by expert, then by group."""
     return sort_into_bins(bin_of_assignments(routing, num_experts, groups), num_experts * groups)
 
 
-def kept_within(
-    routing: Routing, num_experts: int, capacity: int | Tensor | None, groups: int | Tensor
-) -> Tensor:
+def kept_within(routing: Routing, num_experts: int, capacity: Size | None, groups: Size) -> Tensor:
     """The assignments that find a slot, bool `(N, k)`: all of them without a capacity."""
     if capacity is None:
         return routing.kept
@@ -162,18 +156,11 @@ def kept_within(
     return ops.logical_and(routing.kept, ops.transpose(fits))
 
 
-def kept_by_priority(
-    routing: Routing,
-    priority: Tensor,
-    num_experts: int,
-    capacity: int | Tensor,
-    groups: int | Tensor = 1,
-) -> Tensor:
-    """The assignments that find a slot where tokens are not served in the order they stand in.
+def kept_best_first(routing: Routing, num_experts: int, capacity: Size, groups: Size = 1) -> Tensor:
+    """The assignments that find a slot where tokens of larger first weight are served first.
 
     Args:
-        routing: the record of a router, `(N, k)`.
-        priority: `(N,)`, larger first; of equal ones, the earlier token.
+        routing: the record of a router, `(N, k)`; of equal weights, the earlier token's is first.
         num_experts: the number of experts E.
         capacity: slots per expert and group.
         groups: capacity groups of equal size that the tokens fall in, in order.
@@ -183,7 +170,7 @@ def kept_by_priority(
     """
     by_choice = (routing.experts.shape[-1], -1)
     bin_of = ops.reshape(bin_of_assignments(routing, num_experts, groups), by_choice)
-    order = ops.cast(ops.argsort(-ops.stop_gradient(priority)), "int32")
+    order = ops.cast(ops.argsort(-ops.stop_gradient(routing.weights[:, 0])), "int32")
     served = ops.reshape(ops.take(bin_of, order, axis=1), (-1,))
     bins = sort_into_bins(served, num_experts * groups)
     fits = ops.reshape(bins.position < capacity, by_choice)

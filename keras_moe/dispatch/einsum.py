@@ -6,7 +6,7 @@ import keras
 from keras import ops
 
 from keras_moe.core.records import Routing
-from keras_moe.core.types import Tensor
+from keras_moe.core.types import Size, Tensor
 from keras_moe.dispatch.dispatcher import Dispatcher, ExpertBank, needed
 
 
@@ -38,11 +38,7 @@ class EinsumDispatcher(Dispatcher):
     needs_capacity = True
 
     def place(
-        self,
-        routing: Routing,
-        num_experts: int,
-        capacity: int | Tensor | None = None,
-        groups: int | Tensor = 1,
+        self, routing: Routing, num_experts: int, capacity: Size | None = None, groups: Size = 1
     ) -> MaskPlacement:
         capacity = needed(capacity, self.name)
         count, top_k = ops.shape(routing.experts)

@@ -6,7 +6,7 @@ import keras
 from keras import ops
 
 from keras_moe.core.records import Routing
-from keras_moe.core.types import Tensor
+from keras_moe.core.types import Size, Tensor
 from keras_moe.dispatch.dispatcher import Dispatcher, ExpertBank, needed
 
 
@@ -37,11 +37,7 @@ class ExpertChoiceDispatcher(Dispatcher):
     needs_capacity = True
 
     def place(
-        self,
-        routing: Routing,
-        num_experts: int,
-        capacity: int | Tensor | None = None,
-        groups: int | Tensor = 1,
+        self, routing: Routing, num_experts: int, capacity: Size | None = None, groups: Size = 1
     ) -> ChosenPlacement:
         capacity = needed(capacity, self.name)
         count = ops.shape(routing.weights)[0]
@@ -80,7 +76,7 @@ class ExpertChoiceDispatcher(Dispatcher):
 
 
 def _choose(
-    routing: Routing, num_experts: int, capacity: int | Tensor, groups: int | Tensor
+    routing: Routing, num_experts: int, capacity: Size, groups: Size
 ) -> tuple[Tensor, Tensor]:
     """Each expert's tokens `(E, groups * C)`, best first in a group, and which slots are filled."""
     lowest = -float("inf")
@@ -96,7 +92,7 @@ def _choose(
     return ops.reshape(place + first, shape), ops.reshape(is_filled, shape)
 
 
-def _as_mask(source: Tensor, is_filled: Tensor, count: int | Tensor) -> Tensor:
+def _as_mask(source: Tensor, is_filled: Tensor, count: Size) -> Tensor:
     """Which experts chose a token, bool `(N, E)`."""
     num_experts = source.shape[0]
     place = source + ops.expand_dims(ops.arange(num_experts, dtype="int32") * count, -1)

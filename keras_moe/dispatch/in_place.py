@@ -6,7 +6,7 @@ import keras
 from keras import ops
 
 from keras_moe.core.records import Routing
-from keras_moe.core.types import Tensor
+from keras_moe.core.types import Size, Tensor
 from keras_moe.dispatch.dispatcher import Dispatcher, kept_within
 
 
@@ -26,11 +26,7 @@ class InPlaceDispatcher(Dispatcher):
     """Base of dispatchers that bring experts to tokens, and not tokens to experts."""
 
     def place(
-        self,
-        routing: Routing,
-        num_experts: int,
-        capacity: int | Tensor | None = None,
-        groups: int | Tensor = 1,
+        self, routing: Routing, num_experts: int, capacity: Size | None = None, groups: Size = 1
     ) -> ChoicePlacement:
         kept = kept_within(routing, num_experts, capacity, groups)
         return ChoicePlacement(kept, routing.experts)

@@ -9,7 +9,7 @@ from keras_moe.core import checks
 from keras_moe.core.exporting import is_exporting
 from keras_moe.core.records import Routing
 from keras_moe.core.sizes import at_least, is_symbolic
-from keras_moe.core.types import Config, Tensor
+from keras_moe.core.types import Config, Size, Tensor
 from keras_moe.dispatch.dispatcher import Dispatcher, ExpertBank, bins_of, kept_within
 from keras_moe.dispatch.layout import Slots
 from keras_moe.dispatch.permute import as_rows, combine, gather_blocks
@@ -32,7 +32,7 @@ class BlockPlacement(NamedTuple):
     kept: Tensor
     slots: Slots
     block_experts: Tensor
-    block_size: int | Tensor
+    block_size: Size
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -56,11 +56,7 @@ class PaddedBlocksDispatcher(Dispatcher):
         self.has_static_blocks = bool(has_static_blocks)
 
     def place(
-        self,
-        routing: Routing,
-        num_experts: int,
-        capacity: int | Tensor | None = None,
-        groups: int | Tensor = 1,
+        self, routing: Routing, num_experts: int, capacity: Size | None = None, groups: Size = 1
     ) -> BlockPlacement:
         kept = kept_within(routing, num_experts, capacity, groups)
         bins = bins_of(routing._replace(kept=kept), num_experts)
@@ -86,7 +82,7 @@ class PaddedBlocksDispatcher(Dispatcher):
         outputs = experts(rows, block_experts=block_experts, training=training)
         return combine(as_rows(outputs), slots, weights)
 
-    def rows_per_block(self, total: int | Tensor, num_experts: int) -> int | Tensor:
+    def rows_per_block(self, total: Size, num_experts: int) -> Size:
         """B, about a quarter of an expert's mean load, a multiple of 8: a quarter is padding."""
         if self.block_size is not None:
             return self.block_size
@@ -96,7 +92,7 @@ class PaddedBlocksDispatcher(Dispatcher):
         return {"block_size": self.block_size, "has_static_blocks": self.has_static_blocks}
 
 
-def blocks_needed(total: int | Tensor, num_experts: int, block_size: int | Tensor) -> int | Tensor:
+def blocks_needed(total: Size, num_experts: int, block_size: Size) -> Size:
     """The most blocks that `total` assignments to `num_experts` experts can fill, at least one."""
     bound = (total + num_experts * (block_size - 1)) // block_size
     if is_symbolic(total):
@@ -105,6 +101,6 @@ def blocks_needed(total: int | Tensor, num_experts: int, block_size: int | Tenso
     return at_least(fewest, 1)
 
 
-def is_for_export(size: int | Tensor) -> bool:
+def is_for_export(size: Size) -> bool:
     """Whether a program is traced that cannot hold a loop over steps of unknown size."""
     return is_exporting() or is_symbolic(size)

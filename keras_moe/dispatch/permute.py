@@ -11,7 +11,7 @@ from keras import ops
 
 from keras_moe.core.exporting import is_exporting
 from keras_moe.core.sizes import as_tensor, at_least
-from keras_moe.core.types import Tensor
+from keras_moe.core.types import Size, Tensor
 from keras_moe.dispatch import backend
 from keras_moe.dispatch.layout import (
     Slots,
@@ -22,9 +22,7 @@ from keras_moe.dispatch.layout import (
 )
 
 
-def gather_blocks(
-    tokens: Tensor, slots: Slots, top_k: int, shape: tuple[int | Tensor, int | Tensor]
-) -> Tensor:
+def gather_blocks(tokens: Tensor, slots: Slots, top_k: int, shape: tuple[Size, Size]) -> Tensor:
     """The tokens in slots that are blocks of rows, `(N, d) -> (blocks, rows, d)`.
 
     Args:
@@ -98,14 +96,12 @@ def as_rows(blocks: Tensor) -> Tensor:
 
 
 def _gather(tokens: Tensor, token: Tensor, source: Tensor, is_kept: Tensor) -> Tensor:
-    del source, is_kept
     return take_rows(tokens, token)
 
 
 def _gather_gradient(
     upstream: Tensor, tokens: Tensor, token: Tensor, source: Tensor, is_kept: Tensor
 ) -> tuple[Tensor]:
-    del token
     return (ops.cast(sum(rows_by_choice(upstream, source, is_kept)), tokens.dtype),)
 
 
@@ -118,7 +114,6 @@ def _combine(
     source: Tensor,
     is_kept: Tensor,
 ) -> Tensor:
-    del token, assignment, is_filled
     of_choice = ops.unstack(ops.cast(weights, wide_dtype(outputs)), weights.shape[-1], axis=-1)
     sums = sum(
         chosen * ops.expand_dims(weight, -1)
@@ -140,14 +135,14 @@ def _combine_gradient(
     wide = wide_dtype(outputs)
     of_slot = ops.take(ops.reshape(ops.transpose(weights), (-1,)), assignment)
     of_slot = ops.cast(ops.where(is_filled, of_slot, 0), wide)
-    by_outputs = ops.cast(take_rows(upstream, token), wide) * ops.expand_dims(of_slot, -1)
-    by_weights = [
+    grad_outputs = ops.cast(take_rows(upstream, token), wide) * ops.expand_dims(of_slot, -1)
+    grad_weights = [
         ops.sum(chosen * ops.cast(upstream, wide), axis=-1)
         for chosen in rows_by_choice(outputs, source, is_kept)
     ]
     return (
-        ops.cast(by_outputs, outputs.dtype),
-        ops.cast(ops.stack(by_weights, axis=-1), weights.dtype),
+        ops.cast(grad_outputs, outputs.dtype),
+        ops.cast(ops.stack(grad_weights, axis=-1), weights.dtype),
     )
 
 

@@ -12,12 +12,12 @@ from keras import ops
 from keras_moe.core.exporting import is_exporting
 from keras_moe.core.numerics import edges_of
 from keras_moe.core.sizes import as_tensor, is_symbolic
-from keras_moe.core.types import Tensor
+from keras_moe.core.types import Size, Tensor
 from keras_moe.dispatch import backend
 from keras_moe.dispatch.layout import Bins, Slots, entries_at
 
 
-def sort_into_bins(bin_of: Tensor, num_bins: int | Tensor) -> Bins:
+def sort_into_bins(bin_of: Tensor, num_bins: Size) -> Bins:
     """Sorts assignments by bin; a stable sort, so that earlier assignments come first.
 
     Args:
@@ -33,7 +33,7 @@ def sort_into_bins(bin_of: Tensor, num_bins: int | Tensor) -> Bins:
     return Bins(order, backend.current.inverse_permutation(order), edges, bin_of)
 
 
-def _sort(bin_of: Tensor, total: int | Tensor, num_bins: int | Tensor) -> tuple[Tensor, Tensor]:
+def _sort(bin_of: Tensor, total: Size, num_bins: Size) -> tuple[Tensor, Tensor]:
     """Returns the sorted bins and the permutation that sorts them."""
     if isinstance(total, int) and isinstance(num_bins, int):
         bits = max((total - 1).bit_length(), 1)
@@ -46,7 +46,7 @@ def _sort(bin_of: Tensor, total: int | Tensor, num_bins: int | Tensor) -> tuple[
     return entries_at(bin_of, order), order
 
 
-def capacity_slots(bins: Bins, capacity: int | Tensor) -> Slots:
+def capacity_slots(bins: Bins, capacity: Size) -> Slots:
     """Lays bins out as rows of `capacity` slots; assignments past the end of a row are dropped."""
     num_bins = ops.shape(bins.starts)[0]
     place = ops.arange(capacity, dtype="int32")
@@ -60,7 +60,7 @@ def capacity_slots(bins: Bins, capacity: int | Tensor) -> Slots:
 
 
 def ragged_slots(
-    bins: Bins, num_experts: int, padding: int = 0, capacity: int | Tensor | None = None
+    bins: Bins, num_experts: int, padding: int = 0, capacity: Size | None = None
 ) -> tuple[Slots, Tensor]:
     """Lays bins out one after another with nothing between them, and empty slots at the end.
 
@@ -73,10 +73,10 @@ def ragged_slots(
     Returns:
         The slots, and where each expert's end, int32 `(E,)`.
     """
-    total, num_bins = ops.shape(bins.order)[0], ops.shape(bins.starts)[0]
+    total, num_bins = ops.shape(bins.order)[0], ops.shape(bins.edges)[0] - 1
     place = ops.arange(total, dtype="int32")
     if capacity is None:
-        ends, is_kept, slot_of = bins.ends, bins.bin_of < num_bins, bins.rank
+        ends, is_kept, slot_of = bins.edges[1:], bins.bin_of < num_bins, bins.rank
         assignment = _where(place < ends[-1], bins.order, total)
     else:
         counts = ops.minimum(bins.counts, as_tensor(capacity, "int32"))
@@ -89,7 +89,7 @@ def ragged_slots(
         rank = place + entries_at(bins.starts - starts, bin_at)
         assignment = _assignment_at(bins, rank, place < ends[-1])
     if padding:
-        empty = ops.zeros((padding,), dtype="int32") + as_tensor(total, "int32")
+        empty = ops.zeros((padding,), dtype="int32") + total
         assignment = ops.concatenate([assignment, empty])
     slots = Slots(assignment, _where(is_kept, slot_of, total + padding))
     if capacity is not None:  # of an expert's groups the last one; a copy, whole in memory
@@ -98,9 +98,7 @@ def ragged_slots(
     return slots, ends
 
 
-def block_slots(
-    bins: Bins, num_blocks: int | Tensor, block_size: int | Tensor
-) -> tuple[Slots, Tensor]:
+def block_slots(bins: Bins, num_blocks: Size, block_size: Size) -> tuple[Slots, Tensor]:
     """Lays bins out one after another, each padded to whole blocks: nothing is dropped.
 
     Args:
@@ -146,7 +144,7 @@ def _assignment_at(bins: Bins, rank: Tensor, is_used: Tensor) -> Tensor:
     return _where(is_used, entries_at(padded_order, _where(rank < total, rank, total)), total)
 
 
-def _where(condition: Tensor, values: Tensor, otherwise: int | Tensor) -> Tensor:
+def _where(condition: Tensor, values: Tensor, otherwise: Size) -> Tensor:
     if not isinstance(otherwise, int):
         otherwise = as_tensor(otherwise, "int32")
     return ops.where(condition, values, otherwise)

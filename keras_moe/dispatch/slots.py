@@ -6,7 +6,7 @@ import keras
 from keras import ops
 
 from keras_moe.core.records import Routing
-from keras_moe.core.types import Tensor
+from keras_moe.core.types import Size, Tensor
 from keras_moe.dispatch.dispatcher import Dispatcher, ExpertBank, bins_of, needed
 from keras_moe.dispatch.layout import Slots
 from keras_moe.dispatch.permute import as_rows, combine, gather_blocks
@@ -24,7 +24,7 @@ class SlotPlacement(NamedTuple):
 
     kept: Tensor
     slots: Slots
-    shape: tuple[int, int | Tensor]
+    shape: tuple[int, Size]
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -39,11 +39,7 @@ class SlotsDispatcher(Dispatcher):
     needs_capacity = True
 
     def place(
-        self,
-        routing: Routing,
-        num_experts: int,
-        capacity: int | Tensor | None = None,
-        groups: int | Tensor = 1,
+        self, routing: Routing, num_experts: int, capacity: Size | None = None, groups: Size = 1
     ) -> SlotPlacement:
         capacity = needed(capacity, self.name)
         slots = capacity_slots(bins_of(routing, num_experts, groups), capacity)

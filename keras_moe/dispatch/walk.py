@@ -7,7 +7,7 @@ from keras import ops
 
 from keras_moe.core.records import Routing
 from keras_moe.core.sizes import at_least
-from keras_moe.core.types import Tensor
+from keras_moe.core.types import Size, Tensor
 from keras_moe.dispatch import backend
 from keras_moe.dispatch.dispatcher import Dispatcher, ExpertBank, bins_of
 from keras_moe.dispatch.layout import Rows, Slots
@@ -44,11 +44,7 @@ class WalkDispatcher(Dispatcher):
     is_grouped = False
 
     def place(
-        self,
-        routing: Routing,
-        num_experts: int,
-        capacity: int | Tensor | None = None,
-        groups: int | Tensor = 1,
+        self, routing: Routing, num_experts: int, capacity: Size | None = None, groups: Size = 1
     ) -> RowPlacement:
         count, top_k = ops.shape(routing.experts)
         padding = 0

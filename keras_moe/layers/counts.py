@@ -80,13 +80,12 @@ class RoutingCounts:
         self._load = RunningSums(owner, "load", (num_experts,))
         self._totals = RunningSums(owner, "totals", (len(_TOTALS),))
 
-    def add(self, decision: Routing, asked: Tensor, kept: Tensor) -> None:
+    def add(self, decision: Routing, routing: Routing) -> None:
         """Counts one batch.
 
         Args:
-            decision: what the router decided, before drops.
-            asked: bool `(N, k)`, the assignments of the tokens before drops.
-            kept: bool `(N, k)`, those that were carried.
+            decision: what the router decided, about tokens or about whole examples.
+            routing: what came of it for each token.
         """
         if decision.logits.shape[0] == 0:  # torch has no maximum of nothing
             return
@@ -94,11 +93,11 @@ class RoutingCounts:
         p = ops.exp(log_p)
         entropy = -ops.sum(p * log_p, axis=-1)
         # A token that is not finite has no entropy: it is left out of the mean.
-        is_decided = ops.logical_and(ops.any(decision.kept, axis=-1), ops.isfinite(entropy))
-        assignments = ops.sum(ops.cast(asked, "float32"))
+        is_decided = ops.logical_and(ops.any(decision.asked, axis=-1), ops.isfinite(entropy))
+        assignments = ops.sum(ops.cast(routing.asked, "float32"))
         totals = (
             assignments,
-            assignments - ops.sum(ops.cast(kept, "float32")),
+            assignments - ops.sum(ops.cast(routing.kept, "float32")),
             ops.sum(ops.cast(is_decided, "float32")),
             ops.sum(ops.where(is_decided, entropy, 0.0)),
             ops.sum(ops.where(is_decided, ops.max(p, axis=-1), 0.0)),

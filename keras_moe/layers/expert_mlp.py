@@ -19,6 +19,7 @@ from keras_moe.core.types import (
     InitializerLike,
     RegularizerLike,
     Shape,
+    Size,
     Tensor,
 )
 from keras_moe.dispatch import backend
@@ -116,6 +117,7 @@ class ExpertMLP(SavesSeed):
         self.activation = keras.activations.get(activation)
         self.gated = bool(gated)
         self.activate_last = bool(activate_last)
+        self._num_activated = len(self.units) - (not activate_last)
         self.dropout = checks.rate("dropout", dropout)
         self.use_bias = bool(use_bias)
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
@@ -126,15 +128,17 @@ class ExpertMLP(SavesSeed):
         self.bias_constraint = keras.constraints.get(bias_constraint)
         self.seed = checks.optional(checks.integer, "seed", seed)
         self.seed_generator = keras.random.SeedGenerator(seed) if self.dropout else None
+        # Not where the activation is a layer, with weights of its own.
+        self.takes_rows = not isinstance(self.activation, keras.layers.Layer)
 
-    def build(self, input_shape: Any) -> None:
+    def build(self, input_shape: Shape) -> None:
         width = checks.token_shape("ExpertMLP", tuple(input_shape), min_rank=3)
         self._kernels, self._biases = [], []
         self._gate_kernels, self._gate_biases = [], []
         for index, units in enumerate(self._widths(width)):
             self._kernels.append(self._add_kernel(f"kernel_{index}", width, units))
             self._biases.append(self._add_bias(f"bias_{index}", units))
-            if self.gated and self._is_activated(index):
+            if self.gated and index < self._num_activated:
                 self._gate_kernels.append(self._add_kernel(f"gate_kernel_{index}", width, units))
                 self._gate_biases.append(self._add_bias(f"gate_bias_{index}", units))
             width = units
@@ -142,9 +146,6 @@ class ExpertMLP(SavesSeed):
     def _widths(self, width: int) -> list[int]:
         """The output width of each layer, for inputs of a width."""
         return [width if units is None else units for units in self.units]
-
-    def _is_activated(self, index: int) -> bool:
-        return self.activate_last or index < len(self.units) - 1
 
     def _add_kernel(self, name: str, width: int, units: int) -> Any:
         return self.add_weight(
@@ -175,7 +176,9 @@ class ExpertMLP(SavesSeed):
     ) -> Tensor:
         inputs = as_float(inputs, self.compute_dtype)
         if rows is not None:
-            stages = self._stages_of(ops.shape(rows.slots.assignment)[0], training)
+            stages = self._stages()
+            if training and self.seed_generator is not None:
+                stages = self._with_dropout(stages, ops.shape(rows.slots.assignment)[0])
             walk = grouped_walk if rows.is_grouped else backend.current.walk
             return walk(inputs, rows, stages)
         if block_experts is None:
@@ -238,7 +241,7 @@ class ExpertMLP(SavesSeed):
         stages = []
         for index in range(len(self.units)):
             kernels, biases = [self._kernels[index]], [self._biases[index]]
-            activation = self.activation if self._is_activated(index) else None
+            activation = self.activation if index < self._num_activated else None
             if self.gated and activation is not None:
                 activation = self._gated_activation
                 kernels = [self._gate_kernels[index], *kernels]
@@ -252,22 +255,16 @@ class ExpertMLP(SavesSeed):
             )
         return stages
 
-    @property
-    def takes_rows(self) -> bool:
-        """Whether `rows` can be used: not where the activation is a layer, with weights."""
-        return not isinstance(self.activation, keras.layers.Layer)
-
-    def _stages_of(self, count: int | Tensor, training: bool | None) -> list[Stage]:
-        """The layers as a walk takes them, with dropout for `count` rows."""
-        stages = self._stages()
-        if not training or self.seed_generator is None:
-            return stages
-        for index, kernel in enumerate(self._kernels):
-            if self._is_activated(index):
+    def _with_dropout(self, stages: list[Stage], count: Size) -> list[Stage]:
+        """The layers with dropout's factors for `count` rows."""
+        dropped = []
+        for stage, kernel in zip(stages, self._kernels, strict=True):
+            scale = None
+            if stage.activation is not None:
                 ones = ops.ones((count, kernel.shape[-1]), dtype=self.compute_dtype)
                 scale = keras.random.dropout(ones, self.dropout, seed=self.seed_generator)
-                stages[index] = stages[index]._replace(scale=scale)
-        return stages
+            dropped.append(stage._replace(scale=scale))
+        return dropped
 
     def _gated_activation(self, gates: Tensor, values: Tensor) -> Tensor:
         return self.activation(gates) * values

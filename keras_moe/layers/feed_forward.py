@@ -12,6 +12,7 @@ from keras_moe.core.types import (
     Activation,
     Config,
     ConstraintLike,
+    ExpertsLike,
     InitializerLike,
     RegularizerLike,
     Shape,
@@ -53,7 +54,7 @@ class ExpertFeedForward(FreezesParts, RematerializesExperts):
         num_experts: int,
         hidden_dim: int | None,
         *,
-        experts: Any,
+        experts: ExpertsLike,
         output_dim: int | None,
         activation: Activation,
         use_bias: bool,
@@ -98,8 +99,6 @@ class ExpertFeedForward(FreezesParts, RematerializesExperts):
             )
         if self.experts is not None and not describes_others:
             self._refuse_descriptions()
-        if self.experts is not None:
-            adopt(self.experts, "experts")  # now that nothing here is refused any more
 
     def _refuse_descriptions(self) -> None:
         """Fails where an argument describes experts that the layer does not make."""
@@ -137,8 +136,10 @@ class ExpertFeedForward(FreezesParts, RematerializesExperts):
         return LayerExperts(experts, self.num_experts, name="experts", dtype=self.dtype_policy)
 
     def _make_experts(self) -> None:
-        """Makes the bank of named experts; after the router, whose weights come first."""
-        if self._experts_name is not None:
+        """Makes the bank of named experts or adopts a bank, once nothing is refused any more."""
+        if self._experts_name is None:
+            adopt(self.experts, "experts")
+        else:
             self.experts = self._mlp(self.num_experts, "experts")
 
     def _build_experts(self, width: int) -> None:

@@ -85,7 +85,7 @@ class LayerExperts(keras.layers.Layer):
         copy.name = f"expert_{expert}"
         return copy
 
-    def build(self, input_shape: Any) -> None:
+    def build(self, input_shape: Shape) -> None:
         row_shape = (None, *tuple(input_shape)[2:])
         for expert in self.experts:
             build_by_call(expert, row_shape)

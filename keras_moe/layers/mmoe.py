@@ -1,6 +1,7 @@
 """Multi-gate mixture of experts for multi-task learning."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import keras
@@ -107,7 +108,7 @@ class MMoE(FreezesParts, RematerializesExperts):
         activation: Activation = "relu",
         use_bias: bool = True,
         dropout: float = 0.0,
-        gate: Any = "softmax",
+        gate: SoftmaxGate | str | Config = "softmax",
         gate_units: Sequence[int] = (),
         gate_dropout: float = 0.0,
         kernel_initializer: InitializerLike = "glorot_uniform",
@@ -155,19 +156,24 @@ class MMoE(FreezesParts, RematerializesExperts):
             name="experts",
             **bank_arguments,
         )
-        self.gate_hidden: ExpertMLP | None = None
-        if self.gate_units:
-            # No dropout here, and other numbers than the experts' from the same initializer.
-            bank_arguments["dropout"] = 0.0
-            for initializer in ("kernel_initializer", "bias_initializer"):
-                given = keras.initializers.get(bank_arguments[initializer])
-                bank_arguments[initializer] = reseeded(given, "gate_hidden")
-            self.gate_hidden = ExpertMLP(
-                self.num_tasks, self.gate_units, name="gate_hidden", **bank_arguments
-            )
-        self._gate_argument = gate
-        self.gates = self._gates(gate)
+        self.gate_hidden = self._hidden_layers_of_gates(bank_arguments)
+        self._gate_argument, self.gates = gate, self._gates(gate)
         freeze_parts(self)
+
+    def _hidden_layers_of_gates(self, bank_arguments: dict[str, Any]) -> ExpertMLP | None:
+        """A bank with one network per task: no dropout, and other numbers than the experts'."""
+        if not self.gate_units:
+            return None
+        redrawn = {
+            name: reseeded(keras.initializers.get(bank_arguments[name]), "gate_hidden")
+            for name in ("kernel_initializer", "bias_initializer")
+        }
+        return ExpertMLP(
+            self.num_tasks,
+            self.gate_units,
+            name="gate_hidden",
+            **{**bank_arguments, **redrawn, "dropout": 0.0},
+        )
 
     def _gates(self, gate: Any) -> SoftmaxGate:
         if gate == "softmax":
@@ -192,7 +198,7 @@ class MMoE(FreezesParts, RematerializesExperts):
         adopt(gate, "gates")
         return gate
 
-    def build(self, input_shape: Any) -> None:
+    def build(self, input_shape: Shape) -> None:
         width = checks.token_shape("MMoE", tuple(input_shape))
         self.input_spec = keras.layers.InputSpec(min_ndim=2, axes={-1: width})
         self.experts.build((1, None, width))
@@ -219,10 +225,10 @@ class MMoE(FreezesParts, RematerializesExperts):
         tokens = zero_where_padded(tokens, token_mask)
         shared = ops.expand_dims(tokens, 0)  # read by every expert
 
-        def run(rows: Tensor) -> Tensor:
-            return self.experts(rows, training=training)
-
-        expert_outputs = self._recomputed(run)(shared)  # (e, n, out)
+        run = partial(self.experts.__call__, training=training)
+        if self._recomputes_experts:
+            run = keras.remat(run)
+        expert_outputs = run(shared)  # (e, n, out)
         gate_inputs = tokens if self.gate_hidden is None else self.gate_hidden(shared)
         routing = self.gates(gate_inputs, training=training)
         if training or self._counts_always:

@@ -2,6 +2,7 @@
 
 import math
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import keras
@@ -15,14 +16,18 @@ from keras_moe.core.numerics import as_float, slots_per_expert
 from keras_moe.core.records import Routing
 from keras_moe.core.types import (
     Activation,
+    Axes,
     Config,
     ConstraintLike,
+    ExpertsLike,
     InitializerLike,
     RegularizerLike,
+    Shape,
+    Size,
     Tensor,
 )
 from keras_moe.dispatch import Dispatcher, DispatchPlan, backend, choose
-from keras_moe.dispatch.dispatcher import kept_by_priority
+from keras_moe.dispatch.dispatcher import kept_best_first
 from keras_moe.layers.counts import RoutingCounts, check_built
 from keras_moe.layers.expert_mlp import ExpertMLP
 from keras_moe.layers.feed_forward import ExpertFeedForward
@@ -145,8 +150,8 @@ class MoE(ExpertFeedForward):
         hidden_dim: int | None = None,
         *,
         top_k: int | None = None,
-        router: Any = "top_k",
-        experts: Any = "mlp",
+        router: routers.Router | str | Config = "top_k",
+        experts: ExpertsLike = "mlp",
         num_shared_experts: int = 0,
         capacity_factor: float | None = None,
         eval_capacity_factor: float | None = None,
@@ -158,7 +163,7 @@ class MoE(ExpertFeedForward):
         z_loss_weight: float | None = None,
         routing_level: str = "token",
         capacity_group: str = "batch",
-        dispatch: Any = "auto",
+        dispatch: Dispatcher | str | Config = "auto",
         kernel_initializer: InitializerLike = "glorot_uniform",
         bias_initializer: InitializerLike = "zeros",
         kernel_regularizer: RegularizerLike = None,
@@ -188,25 +193,37 @@ class MoE(ExpertFeedForward):
             name=name_or_default(name, "moe"),
             **kwargs,
         )
-        self.num_shared_experts = checks.int_at_least("num_shared_experts", num_shared_experts, 0)
+        self._set_shared_experts(num_shared_experts)
+        self._set_capacity(capacity_factor, eval_capacity_factor)
+        self._set_levels(routing_level, capacity_group)
+        self._set_router(router, top_k, balance_weight, z_loss_weight)
+        self._set_dispatcher(dispatch)
+        adopt(self.router, "router")  # now that nothing is refused any more
+        self._make_experts()
+        freeze_parts(self)
+
+    def _set_shared_experts(self, number: int) -> None:
+        self.num_shared_experts = checks.int_at_least("num_shared_experts", number, 0)
+        self.shared_experts: ExpertMLP | None = None
         if self.num_shared_experts and self.hidden_dim is None:
             checks.fail(
                 "`hidden_dim` must be a positive integer where there are shared experts.",
                 hidden_dim=None,
             )
-        self.capacity_factor = checks.optional(checks.positive, "capacity_factor", capacity_factor)
+
+    def _set_capacity(self, factor: float | None, eval_factor: float | None) -> None:
+        self.capacity_factor = checks.optional(checks.positive, "capacity_factor", factor)
         self.eval_capacity_factor = checks.optional(
-            checks.positive, "eval_capacity_factor", eval_capacity_factor
+            checks.positive, "eval_capacity_factor", eval_factor
         )
-        if capacity_factor is None and eval_capacity_factor is not None:
+        if factor is None and eval_factor is not None:
             checks.fail(
                 "`eval_capacity_factor` needs a `capacity_factor`; without one the layer drops "
                 "nothing.",
-                eval_capacity_factor=eval_capacity_factor,
+                eval_capacity_factor=eval_factor,
             )
-        checks.optional(checks.positive_int, "top_k", top_k)
-        checks.optional(checks.non_negative, "balance_weight", balance_weight)
-        checks.optional(checks.non_negative, "z_loss_weight", z_loss_weight)
+
+    def _set_levels(self, routing_level: str, capacity_group: str) -> None:
         self.routing_level = checks.one_of("routing_level", routing_level, _LEVELS)
         self.capacity_group = checks.one_of("capacity_group", capacity_group, _GROUPS)
         if routing_level == capacity_group == "example":
@@ -216,47 +233,39 @@ class MoE(ExpertFeedForward):
                 capacity_group=capacity_group,
             )
 
+    def _set_router(
+        self,
+        router: routers.Router | str | Config,
+        top_k: int | None,
+        balance_weight: float | None,
+        z_loss_weight: float | None,
+    ) -> None:
+        """Makes the router; fails where it cannot do what the layer is asked for."""
         self._router_argument = router
-        self.router = routers.get(
+        self._router_arguments = {
+            "top_k": checks.optional(checks.positive_int, "top_k", top_k),
+            "balance_weight": checks.optional(
+                checks.non_negative, "balance_weight", balance_weight
+            ),
+            "z_loss_weight": checks.optional(checks.non_negative, "z_loss_weight", z_loss_weight),
+        }
+        arguments: dict[str, Any] = self._router_arguments
+        self.router = router = routers.get(
             router,
             num_experts=self.num_experts,
-            top_k=top_k,
-            balance_weight=balance_weight,
-            z_loss_weight=z_loss_weight,
+            **arguments,
             capacity_factor=self.capacity_factor,
             eval_capacity_factor=self.eval_capacity_factor,
-            seed=seed,
+            seed=self.seed,
         )
+        self.top_k = router.top_k
         factors = [f for f in (self.capacity_factor, self.eval_capacity_factor) if f is not None]
-        if isinstance(self.router, routers.DenseRouter) and min(factors, default=1.0) < 1.0:
+        if router.chooses_all and min(factors, default=1.0) < 1.0:
             checks.fail(
-                "`capacity_factor` must be None, or at least 1, with a dense router: every expert "
-                "takes part in every token.",
-                capacity_factor=capacity_factor,
+                "`capacity_factor` must be None, or at least 1, with a router that sends every "
+                "token to all experts.",
+                capacity_factor=self.capacity_factor,
             )
-        adopt(self.router, "router")
-        self._router_arguments = {
-            "top_k": top_k,
-            "balance_weight": balance_weight,
-            "z_loss_weight": z_loss_weight,
-        }
-        self.top_k = self.router.top_k
-        self._check_router()
-        self._dispatch_argument = dispatch
-        self.dispatcher: Dispatcher | None = choose.get(
-            dispatch,
-            has_capacity=self.capacity_factor is not None,
-            chooses_tokens=self.router.chooses_tokens,
-        )
-        self.shared_experts: ExpertMLP | None = None
-        self._make_experts()
-        if self.num_shared_experts:
-            self.shared_experts = self._mlp(self.num_shared_experts, "shared_experts")
-        freeze_parts(self)
-
-    def _check_router(self) -> None:
-        """Fails where the router cannot do what the layer is asked for."""
-        router = self.router
         for is_so, why in (
             (router.chooses_tokens, "experts choose their tokens"),
             (router.has_capacity, "the router has a capacity of its own"),
@@ -274,7 +283,20 @@ class MoE(ExpertFeedForward):
                 capacity_group=self.capacity_group,
             )
 
-    def build(self, input_shape: Any) -> None:
+    def _set_dispatcher(self, dispatch: Dispatcher | str | Config) -> None:
+        self._dispatch_argument = dispatch
+        self.dispatcher: Dispatcher | None = choose.get(
+            dispatch,
+            has_capacity=self.capacity_factor is not None,
+            chooses_tokens=self.router.chooses_tokens,
+        )
+
+    def _make_experts(self) -> None:
+        super()._make_experts()
+        if self.num_shared_experts:
+            self.shared_experts = self._mlp(self.num_shared_experts, "shared_experts")
+
+    def build(self, input_shape: Shape) -> None:
         width = checks.token_shape("MoE", tuple(input_shape))
         self.input_spec = keras.layers.InputSpec(min_ndim=2, axes={-1: width})
         build_once(self.router, (None, width))
@@ -294,7 +316,7 @@ class MoE(ExpertFeedForward):
         training: bool | None = None,
         return_routing: bool = False,
         token_ids: Tensor | None = None,
-    ) -> Any:
+    ) -> Tensor | tuple[Tensor, Routing]:
         if mask is None:  # Keras hands on that of the inputs, but not where there are token ids too
             mask = get_keras_mask(inputs)
         with exporting() if backend.current.is_traced_for_export() else nullcontext():
@@ -307,82 +329,94 @@ class MoE(ExpertFeedForward):
         training: bool | None,
         return_routing: bool,
         token_ids: Tensor | None,
-    ) -> Any:
+    ) -> Tensor | tuple[Tensor, Routing]:
         inputs = as_float(inputs, self.compute_dtype)
-        token_axes = ops.shape(inputs)[:-1]
+        axes = ops.shape(inputs)[:-1]
         tokens = ops.reshape(inputs, (-1, inputs.shape[-1]))
-        token_mask = flat_mask("MoE", inputs, mask, (-1,))
-        tokens = zero_where_padded(tokens, token_mask)
-
-        more = {}
+        if mask is not None:
+            mask = flat_mask("MoE", inputs, mask, (-1,))
+            tokens = zero_where_padded(tokens, mask)
         if self.router.needs_token_ids:
-            more["token_ids"] = flat_token_ids("MoE", inputs, token_ids)
-        decision, routing = self._route(tokens, token_mask, token_axes, training, **more)
-        for name, weight in self.router.loss_weights.items():
-            # A frozen router balances nothing; Keras drops regularizers of frozen weights too.
-            if weight and self.router.trainable:
-                # In the dtype of the model's loss, to which TensorFlow adds no other.
-                self.add_loss(ops.cast(weight * decision.losses[name], keras.config.floatx()))
+            token_ids = flat_token_ids("MoE", inputs, token_ids)
 
-        outputs, kept = self._run_experts(tokens, routing, token_axes, training)
+        decision, routing = self._route(tokens, mask, axes, training, token_ids)
+        self._add_losses(decision)
+        outputs, kept = self._run_experts(tokens, routing, axes, training)
+        asked = kept if self.router.chooses_tokens else routing.asked
+        routing = routing._replace(kept=kept, asked=asked)
         if training or self._counts_always:
-            is_token = self.routing_level == "token"
-            asked = decision.kept if is_token else routing.kept
-            self._counts.add(decision, kept if self.router.chooses_tokens else asked, kept)
-        routing = routing._replace(kept=kept)
+            self._counts.add(decision, routing)
+
         if self.shared_experts is not None:
             shared = self.shared_experts(ops.expand_dims(tokens, 0), training=training)
             outputs = outputs + ops.sum(shared, axis=0)
-        outputs = ops.cast(zero_where_padded(outputs, token_mask), self.compute_dtype)
-        outputs = ops.reshape(outputs, (*token_axes, outputs.shape[-1]))
-        if not return_routing and self._recorder is None:
-            return outputs
-        record = self._returned_routing(decision, routing, token_axes)
-        if self._recorder is not None:
-            self._recorder(record)
+        if mask is not None:
+            outputs = zero_where_padded(outputs, mask)
+        outputs = ops.cast(outputs, self.compute_dtype)
+        outputs = ops.reshape(outputs, (*axes, outputs.shape[-1]))
+        if return_routing or self._recorder is not None:
+            record = self._returned_routing(decision, routing, axes)
+            if self._recorder is not None:
+                self._recorder(record)
         return (outputs, record) if return_routing else outputs
 
     def _route(
         self,
         tokens: Tensor,
         mask: Tensor | None,
-        token_axes: Any,
+        axes: Axes,
         training: bool | None,
-        **more: Tensor,
+        token_ids: Tensor | None,
     ) -> tuple[Routing, Routing]:
-        """Returns the router's decision before drops, and what it means for each token."""
-        if self.routing_level == "token":
-            routing = self.router(tokens, mask=mask, training=training, **more)
-            if self.router.loss_weights.get("sequence_balance"):
-                routing = self.router.by_sequence(routing, token_axes[0], mask)
-            asked = self.router.before_drops(routing, mask) if self.router.has_capacity else routing
-            return asked, routing
-        pooled, example_mask = pool_examples(tokens, mask, token_axes)
-        decision = self.router(pooled, mask=example_mask, training=training)
-        return decision, spread_over_tokens(decision, mask, token_axes)
+        """Returns the router's decision, and what it means for each token."""
+        if self.routing_level == "example":
+            pooled, example_mask = pool_examples(tokens, mask, axes)
+            decision = self.router(pooled, mask=example_mask, training=training)
+            return decision, spread_over_tokens(decision, mask, axes)
+        more = {}
+        if self.router.needs_token_ids:
+            more["token_ids"] = token_ids
+        if self.router.loss_weights.get("sequence_balance"):
+            more["num_sequences"] = axes[0]
+        decision = self.router(tokens, mask=mask, training=training, **more)
+        return decision, decision
+
+    def _add_losses(self, decision: Routing) -> None:
+        """Adds the router's losses, times their coefficients, to the model's."""
+        if not self.router.trainable:  # Keras drops regularizers of frozen weights too
+            return
+        for name, weight in self.router.loss_weights.items():
+            if weight:
+                # In the dtype of the model's loss, to which TensorFlow adds no other.
+                self.add_loss(ops.cast(weight * decision.losses[name], keras.config.floatx()))
 
     def _run_experts(
-        self, tokens: Tensor, routing: Routing, token_axes: Any, training: bool | None
+        self, tokens: Tensor, routing: Routing, axes: Axes, training: bool | None
     ) -> tuple[Tensor, Tensor]:
         """Returns the experts' weighted sums and the kept assignments."""
-        capacity = self._capacity(token_axes, training)
-        groups = token_axes[0] if self.capacity_group == "example" else 1
-        priority = None if capacity is None else self.router.priority(routing)
-        if priority is not None:
-            kept = kept_by_priority(routing, priority, self.num_experts, capacity, groups)
+        capacity = self._capacity(axes, training)
+        groups = axes[0] if self.capacity_group == "example" else 1
+        if capacity is not None and self.router.serves_best_first:
+            kept = kept_best_first(routing, self.num_experts, capacity, groups)
             routing = routing._replace(kept=kept)  # now all fit, in any order
         count, top_k = ops.shape(routing.experts)
-        sizes = self._sizes(count, top_k, capacity, groups, training, tokens)
+        sizes = choose.Sizes(
+            count,
+            top_k,
+            slots=None if capacity is None else self.num_experts * groups * capacity,
+            dtype=self.compute_dtype,
+            training=bool(training),
+            like=tokens,
+        )
         dispatcher = choose.choose(self.dispatcher, self.experts, sizes)
         placement = dispatcher.place(routing, self.num_experts, capacity, groups)
+        # A function of numbers with gradients only, as all backends can recompute it.
+        run = partial(dispatcher.run, placement=placement, experts=self.experts, training=training)
+        if self._recomputes_experts:
+            run = keras.remat(run)
+        return run(tokens, routing.weights), placement.kept
 
-        # Of numbers with gradients only, as all backends can recompute it.
-        def run(tokens: Tensor, weights: Tensor) -> Tensor:
-            return dispatcher.run(tokens, weights, placement, self.experts, training)
-
-        return self._recomputed(run)(tokens, routing.weights), placement.kept
-
-    def _capacity(self, token_axes: Any, training: bool | None) -> int | Tensor | None:
+    def _capacity(self, axes: Axes, training: bool | None) -> Size | None:
         """C = ceil(capacity_factor k N / E), at most N since no token needs an expert twice."""
         factor = self.capacity_factor
         if not training and self.eval_capacity_factor is not None:
@@ -391,19 +425,19 @@ class MoE(ExpertFeedForward):
             factor = 1.0
         if factor is None:
             return None
-        axes = token_axes if self.capacity_group == "batch" else token_axes[1:]
+        group = axes if self.capacity_group == "batch" else axes[1:]
         per_token = factor * self.router.experts_per_token / self.num_experts
-        return slots_per_expert(per_token, math.prod(axes))
+        return slots_per_expert(per_token, math.prod(group))
 
-    def _returned_routing(self, decision: Routing, routing: Routing, token_axes: Any) -> Routing:
-        axes = token_axes
+    def _returned_routing(self, decision: Routing, routing: Routing, axes: Axes) -> Routing:
+        """The record with the axes of the inputs, or of whole examples where these are routed."""
         if self.routing_level == "example":
-            axes = token_axes[:1]
-            routing = kept_examples(decision, routing.kept, token_axes)
+            routing, axes = kept_examples(decision, routing.kept, axes), axes[:1]
         return routing._replace(
             experts=ops.reshape(routing.experts, (*axes, self.top_k)),
             weights=ops.reshape(routing.weights, (*axes, self.top_k)),
             kept=ops.reshape(routing.kept, (*axes, self.top_k)),
+            asked=ops.reshape(routing.asked, (*axes, self.top_k)),
             logits=ops.reshape(routing.logits, (*axes, self.num_experts)),
         )
 
@@ -445,27 +479,15 @@ class MoE(ExpertFeedForward):
         """
         count = checks.positive_int("n_tokens", n_tokens)
         capacity = self._capacity((1, count), training)
-        top_k, anywhere = self.router.experts_per_token, ops.zeros(())
-        sizes = self._sizes(count, top_k, capacity, 1, training, anywhere)
-        return choose.plan(self.dispatcher, self.experts, sizes)
-
-    def _sizes(
-        self,
-        count: int | Tensor,
-        top_k: int,
-        capacity: int | Tensor | None,
-        groups: int | Tensor,
-        training: bool | None,
-        like: Tensor,
-    ) -> choose.Sizes:
-        return choose.Sizes(
-            tokens=count,
-            top_k=top_k,
-            slots=None if capacity is None else self.num_experts * groups * capacity,
+        sizes = choose.Sizes(
+            count,
+            self.router.experts_per_token,
+            slots=None if capacity is None else self.num_experts * capacity,
             dtype=self.compute_dtype,
-            training=bool(training),
-            is_on_cpu=backend.current.is_on_cpu(like),
+            training=training,
+            like=ops.zeros(()),
         )
+        return choose.plan(self.dispatcher, self.experts, sizes)
 
     # === Keras ===
 
@@ -476,7 +498,7 @@ class MoE(ExpertFeedForward):
         training: bool | None = None,
         return_routing: bool = False,
         token_ids: Tensor | None = None,
-    ) -> Any:
+    ) -> Tensor | tuple[Tensor, Routing]:
         if self.router.needs_token_ids:
             checks.token_ids("MoE", inputs, token_ids)
         outputs = self._output_spec(inputs, mask)

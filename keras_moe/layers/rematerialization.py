@@ -25,13 +25,7 @@ class RematerializesExperts(keras.layers.Layer):
     ) -> Callable[..., Any]:
         """Keras's hook: decides whether to recompute, and leaves how to the layer."""
         wanted = super().rematerialized_call(layer_call, *args, **kwargs)
-        self._recomputes_experts = wanted is not layer_call
+        self._recomputes_experts = wanted is not layer_call and not self.dropout
         for layer in self._flatten_layers(include_self=False):
             layer._remat_mode = None  # it is this layer's to decide
         return layer_call
-
-    def _recomputed(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Returns the function such that the backward pass computes it again, where asked to."""
-        if not self._recomputes_experts or self.dropout:
-            return function
-        return keras.remat(function)

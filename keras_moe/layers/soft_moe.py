@@ -1,6 +1,7 @@
 """Soft mixture of experts: slots that mix all tokens of a sequence."""
 
 import math
+from functools import partial
 from typing import Any
 
 import keras
@@ -9,12 +10,15 @@ from keras import ops
 
 from keras_moe.core import checks
 from keras_moe.core.numerics import as_float
+from keras_moe.core.records import SoftRouting
 from keras_moe.core.types import (
     Activation,
     Config,
     ConstraintLike,
+    ExpertsLike,
     InitializerLike,
     RegularizerLike,
+    Shape,
     Tensor,
 )
 from keras_moe.layers.counts import SoftCounts, check_built
@@ -119,7 +123,7 @@ class SoftMoE(ExpertFeedForward):
         slots_per_expert: int = 1,
         mixing: str = "soft",
         causal: bool = False,
-        experts: Any = "mlp",
+        experts: ExpertsLike = "mlp",
         output_dim: int | None = None,
         activation: Activation = "gelu",
         use_bias: bool = True,
@@ -157,24 +161,21 @@ class SoftMoE(ExpertFeedForward):
         )
         self.slots_per_expert = checks.positive_int("slots_per_expert", slots_per_expert)
         self.causal = bool(causal)
-        self.phi_initializer = keras.initializers.get(phi_initializer)
-        self.scale_initializer = keras.initializers.get(scale_initializer)
-        self.phi_regularizer = keras.regularizers.get(phi_regularizer)
         self.router = SoftRouter(
             self.num_experts,
             self.slots_per_expert,
             mixing=mixing,
             causal=self.causal,
-            phi_initializer=self.phi_initializer,
-            scale_initializer=self.scale_initializer,
-            phi_regularizer=self.phi_regularizer,
+            phi_initializer=phi_initializer,
+            scale_initializer=scale_initializer,
+            phi_regularizer=phi_regularizer,
             name="router",
         )
         self.mixing = self.router.mixing
         self._make_experts()
         freeze_parts(self)
 
-    def build(self, input_shape: Any) -> None:
+    def build(self, input_shape: Shape) -> None:
         width = checks.token_shape("SoftMoE", tuple(input_shape))
         self.input_spec = keras.layers.InputSpec(min_ndim=2, axes={-1: width})
         self.router.build((None, None, width))
@@ -187,7 +188,7 @@ class SoftMoE(ExpertFeedForward):
         mask: Tensor | None = None,
         training: bool | None = None,
         return_routing: bool = False,
-    ) -> Any:
+    ) -> Tensor | tuple[Tensor, SoftRouting]:
         inputs = as_float(inputs, self.compute_dtype)
         token_axes, width = ops.shape(inputs)[:-1], inputs.shape[-1]
         batch, count = token_axes[0], math.prod(token_axes[1:])
@@ -217,16 +218,16 @@ class SoftMoE(ExpertFeedForward):
     def _apply_experts(self, slots: Tensor, training: bool | None) -> Tensor:
         """Runs each expert on its slots, `(b, sets, e p, d) -> (b, sets, e p, out)`."""
         batch, sets, num_slots, width = ops.shape(slots)
-        experts, each = self.num_experts, self.slots_per_expert
-        rows = ops.transpose(ops.reshape(slots, (batch * sets, experts, each, width)), (1, 0, 2, 3))
-        rows = ops.reshape(rows, (experts, batch * sets * each, slots.shape[-1]))
-
-        def run(rows: Tensor) -> Tensor:
-            return self.experts(rows, training=training)
-
-        outputs = self._recomputed(run)(rows)
+        experts, per_expert = self.num_experts, self.slots_per_expert
+        rows = ops.reshape(slots, (batch * sets, experts, per_expert, width))
+        rows = ops.transpose(rows, (1, 0, 2, 3))
+        rows = ops.reshape(rows, (experts, batch * sets * per_expert, slots.shape[-1]))
+        run = partial(self.experts, training=training)
+        if self._recomputes_experts:
+            run = keras.remat(run)
+        outputs = run(rows)
         output_dim = outputs.shape[-1]
-        outputs = ops.reshape(outputs, (experts, batch * sets, each, output_dim))
+        outputs = ops.reshape(outputs, (experts, batch * sets, per_expert, output_dim))
         outputs = ops.transpose(outputs, (1, 0, 2, 3))
         return ops.reshape(outputs, (batch, sets, num_slots, output_dim))
 
@@ -270,7 +271,7 @@ class SoftMoE(ExpertFeedForward):
         mask: Tensor | None = None,
         training: bool | None = None,
         return_routing: bool = False,
-    ) -> Any:
+    ) -> Tensor | tuple[Tensor, SoftRouting]:
         outputs = self._output_spec(inputs, mask)
         batch, *axes, _ = tuple(inputs.shape)
         routing = self.router.routing_spec((batch, None if None in axes else math.prod(axes)))
@@ -282,7 +283,7 @@ class SoftMoE(ExpertFeedForward):
             "slots_per_expert": self.slots_per_expert,
             "mixing": self.mixing,
             "causal": self.causal,
-            "phi_initializer": keras.initializers.serialize(self.phi_initializer),
-            "scale_initializer": keras.initializers.serialize(self.scale_initializer),
-            "phi_regularizer": keras.regularizers.serialize(self.phi_regularizer),
+            "phi_initializer": keras.initializers.serialize(self.router.phi_initializer),
+            "scale_initializer": keras.initializers.serialize(self.router.scale_initializer),
+            "phi_regularizer": keras.regularizers.serialize(self.router.phi_regularizer),
         }

@@ -5,7 +5,7 @@ from typing import Any
 import keras
 
 from keras_moe.core import checks
-from keras_moe.core.types import Config
+from keras_moe.core.types import Config, Shape
 
 
 def config_of(sublayer: Any) -> Config:
@@ -31,13 +31,13 @@ def adopt(sublayer: keras.layers.Layer, name: str | None = None) -> None:
         sublayer.name = name
 
 
-def build_once(sublayer: keras.layers.Layer, input_shape: Any) -> None:
+def build_once(sublayer: keras.layers.Layer, input_shape: Shape) -> None:
     """Builds a sublayer unless it came built: building twice would make its weights twice."""
     if not sublayer.built:
         sublayer.build(input_shape)
 
 
-def build_by_call(sublayer: Any, input_shape: Any) -> None:
+def build_by_call(sublayer: Any, input_shape: Shape) -> None:
     """Builds any layer with all layers in it, also one that has `call` and no `build`."""
     if not all(layer.built for layer in sublayer._flatten_layers()):
         sublayer(keras.KerasTensor(input_shape, dtype=sublayer.compute_dtype))

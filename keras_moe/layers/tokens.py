@@ -1,16 +1,15 @@
 """Tokens as rows: flat masks and ids, padding, and one decision for all tokens of an example."""
 
 import math
-from typing import Any
 
 from keras import ops
 
 from keras_moe.core import checks
 from keras_moe.core.records import Routing
-from keras_moe.core.types import Tensor
+from keras_moe.core.types import Axes, Tensor
 
 
-def flat_mask(layer: str, inputs: Tensor, mask: Tensor | None, axes: tuple[Any, ...]) -> Any:
+def flat_mask(layer: str, inputs: Tensor, mask: Tensor | None, axes: Axes) -> Tensor | None:
     """Checks a mask and returns it as bool of shape `axes`, or None."""
     if mask is None:
         return None
@@ -33,7 +32,7 @@ def zero_where_padded(rows: Tensor, mask: Tensor | None) -> Tensor:
     return ops.where(ops.expand_dims(mask, -1), rows, ops.zeros_like(rows))
 
 
-def pool_examples(tokens: Tensor, mask: Tensor | None, token_axes: Any) -> tuple[Tensor, Tensor]:
+def pool_examples(tokens: Tensor, mask: Tensor | None, token_axes: Axes) -> tuple[Tensor, Tensor]:
     """The mean of each example's real tokens, float32 `(batch, d)`, and which have any.
 
     Args:
@@ -52,8 +51,8 @@ def pool_examples(tokens: Tensor, mask: Tensor | None, token_axes: Any) -> tuple
     return ops.sum(grouped, axis=1) / ops.maximum(count, 1.0), ops.any(is_token, axis=1)
 
 
-def spread_over_tokens(decision: Routing, mask: Tensor | None, token_axes: Any) -> Routing:
-    """The decision `(batch, k)` for each real token of its example, `(N, k)`."""
+def spread_over_tokens(decision: Routing, mask: Tensor | None, token_axes: Axes) -> Routing:
+    """The decision `(batch, k)` for each real token of its example, `(N, k)`; drops are to come."""
     per_example = math.prod(token_axes[1:])
 
     def spread(values: Tensor) -> Tensor:
@@ -63,11 +62,11 @@ def spread_over_tokens(decision: Routing, mask: Tensor | None, token_axes: Any) 
     if mask is not None:
         kept = ops.logical_and(kept, ops.expand_dims(mask, -1))
     return decision._replace(
-        experts=spread(decision.experts), weights=spread(decision.weights), kept=kept
+        experts=spread(decision.experts), weights=spread(decision.weights), kept=kept, asked=kept
     )
 
 
-def kept_examples(decision: Routing, kept: Tensor, token_axes: Any) -> Routing:
+def kept_examples(decision: Routing, kept: Tensor, token_axes: Axes) -> Routing:
     """The decision with the examples that an expert kept: those of which it kept any token."""
     top_k = kept.shape[-1]
     kept = ops.reshape(kept, (token_axes[0], math.prod(token_axes[1:]), top_k))

@@ -1,6 +1,6 @@
 """Who decides: the rules that send tokens to experts, and the gates of tasks."""
 
-from keras_moe.routers.base import LinearRouter, Router
+from keras_moe.routers.base import Decision, LinearRouter, Router, Served
 from keras_moe.routers.batch_priority import BatchPriorityRouter
 from keras_moe.routers.dense import DenseRouter
 from keras_moe.routers.dselect_k import DSelectKRouter
@@ -21,6 +21,7 @@ from keras_moe.routers.top_k import TopKRouter
 __all__ = [
     "BatchPriorityRouter",
     "DSelectKRouter",
+    "Decision",
     "DenseRouter",
     "ExpertChoiceRouter",
     "HashRouter",
@@ -30,6 +31,7 @@ __all__ = [
     "RandomRouter",
     "ReLURouter",
     "Router",
+    "Served",
     "SigmoidBiasRouter",
     "SinkhornRouter",
     "SoftRouter",

@@ -1,7 +1,7 @@
 """The contract of routers, and the base of those with a kernel."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import keras
 from keras import ops
@@ -11,7 +11,15 @@ from keras_moe.core.initializers import FiniteInitializer
 from keras_moe.core.numerics import softmax
 from keras_moe.core.records import Routing
 from keras_moe.core.seeds import SavesSeed
-from keras_moe.core.types import Config, ConstraintLike, InitializerLike, RegularizerLike, Tensor
+from keras_moe.core.types import (
+    Config,
+    ConstraintLike,
+    InitializerLike,
+    RegularizerLike,
+    Shape,
+    Size,
+    Tensor,
+)
 from keras_moe.routers import losses
 from keras_moe.routers.selection import load_of
 
@@ -19,12 +27,48 @@ from keras_moe.routers.selection import load_of
 _ONLY_WHERE_ON = ("sequence_balance", "local_entropy", "global_entropy")
 
 
+class Served(NamedTuple):
+    """What tokens get from a router that has a capacity of its own.
+
+    Attributes:
+        experts: int32 `(N, k)`, distinct in each row, those with a place first.
+        weights: float32 `(N, k)`.
+        is_placed: bool `(N, k)`, False where there was no place, and at padding.
+    """
+
+    experts: Tensor
+    weights: Tensor
+    is_placed: Tensor
+
+
+class Decision(NamedTuple):
+    """What a router decides about tokens `(N, d)`: all that a `Routing` is made of.
+
+    Attributes:
+        experts: int32 `(N, k)`, distinct in each row, best first.
+        weights: float32 `(N, k)`, the weight of each chosen expert's output.
+        logits: float32 `(N, E)`, the raw scores.
+        probabilities: float32 `(N, E)`, each token's shares in the losses, which sum to 1.
+        is_chosen: bool `(N, k)`, False where a token takes fewer than k experts; None for all.
+        losses: auxiliary losses beside those that every router has, float32 scalars by name.
+        served: what is left after drops, where `has_capacity`; None where nothing is dropped.
+    """
+
+    experts: Tensor
+    weights: Tensor
+    logits: Tensor
+    probabilities: Tensor
+    is_chosen: Tensor | None = None
+    losses: Mapping[str, Tensor] = {}
+    served: Served | None = None
+
+
 class Router(SavesSeed):
     """Base of token-choice routers: tokens `(N, d)` in, a `Routing` out.
 
-    A subclass decides in `call` where tokens go and returns what `record` makes of it: padding left
-    out, the load, and the losses. `LinearRouter` brings a kernel; then one method, `choose`, is
-    enough. Every dispatcher, expert kind and metric works with the result.
+    A subclass says in `decide` where tokens go. The rest is done here: jitter, padding, the load,
+    the losses. `LinearRouter` brings a kernel; then one method, `choose`, is enough. Every
+    dispatcher, expert kind and metric works with the result.
 
     `LOSSES` are the auxiliary losses that a class has, by name, with their default coefficients.
 
@@ -39,6 +83,9 @@ class Router(SavesSeed):
         inputs: `(N, d)` tokens.
         mask: bool `(N,)`, False at padding, or None.
         training: Whether noise is on.
+        num_sequences: How many sequences of equal length the tokens are, in order, for the loss
+            "sequence_balance". Defaults to `1`.
+        token_ids: Optional int32 `(N,)`, for a router that `needs_token_ids`.
 
     Returns:
         A `keras_moe.Routing` of shape `(N, k)`.
@@ -48,10 +95,13 @@ class Router(SavesSeed):
     """
 
     LOSSES: ClassVar[dict[str, float]] = {}
+    jitter = 0.0  # half the width of the noise that inputs are multiplied by in training
     draws_noise = False  # in training
+    chooses_all = False  # every token goes to every expert
     chooses_tokens = False  # experts choose tokens, up to their capacity, and not the other way
     has_capacity = False  # of its own: it drops what finds no place
-    needs_token_ids = False  # `call` takes `token_ids`, integers `(N,)`
+    serves_best_first = False  # slots go to tokens in the order of their largest weight
+    needs_token_ids = False  # `decide` takes `token_ids`, int32 `(N,)`
 
     def __init__(
         self,
@@ -98,91 +148,84 @@ class Router(SavesSeed):
 
     def looks_ahead(self, has_capacity: bool) -> str | None:
         """Says why a token's route depends on later ones, None where it does not."""
-        del has_capacity
         return None
 
-    def priority(self, routing: Routing) -> Tensor | None:
-        """Whose assignments get the slots of an expert first: a number per token `(N,)`, larger
-        ones first; None for the order in which the tokens stand."""
-        del routing
-        return None
-
-    def before_drops(self, routing: Routing, mask: Tensor | None) -> Routing:
-        """What the router asked for, where its record holds what was left after drops."""
-        del mask
-        return routing
-
-    def by_sequence(
-        self, routing: Routing, num_sequences: int | Tensor, mask: Tensor | None
-    ) -> Routing:
-        """The record of tokens that are `num_sequences` sequences of equal length, and not one."""
-        if not self.loss_weights.get("sequence_balance"):
-            return routing
-        asked = self.before_drops(routing, mask)
-        shares = self.probabilities(routing.logits)
-        loss = losses.sequence_balance_loss(shares, asked.experts, asked.kept, num_sequences, mask)
-        return routing._replace(losses={**routing.losses, "sequence_balance": loss})
-
-    def record(
-        self,
-        experts: Tensor,
-        weights: Tensor,
-        logits: Tensor,
-        probabilities: Tensor,
-        mask: Tensor | None,
-        *,
-        is_chosen: Tensor | None = None,
-        more_losses: dict[str, Tensor] | None = None,
-    ) -> Routing:
-        """The `Routing` of a decision, with padding left out, the load, and the losses.
+    def decide(self, inputs: Tensor, mask: Tensor | None, training: bool | None) -> Decision:
+        """Says which experts each token goes to, and with which weights.
 
         Args:
-            experts: int32 `(N, k)`, distinct in each row.
-            weights: float32 `(N, k)`.
-            logits: float32 `(N, E)`.
-            probabilities: float32 `(N, E)`, the shares in the balance loss.
-            mask: bool `(N,)`, False at padding, or None.
-            is_chosen: bool `(N, k)`, False where a token takes fewer than k experts. Defaults to
-                `None`, for all.
-            more_losses: the losses beside "balance" and "z_loss" that `loss_weights` names.
-        """
-        kept = ops.ones_like(experts, dtype="bool") if is_chosen is None else is_chosen
-        if mask is not None:
-            kept = ops.logical_and(kept, ops.expand_dims(mask, -1))
-        load = load_of(experts, kept, self.num_experts)
-        return Routing(
-            experts=experts,
-            weights=weights,
-            kept=kept,
-            logits=logits,
-            load=load,
-            losses={
-                "balance": losses.balance_loss(probabilities, load, self.top_k, mask),
-                "z_loss": losses.z_loss(logits, mask),
-                **self._optional_losses(probabilities, experts, kept, mask),
-                **(more_losses or {}),
-            },
-        )
+            inputs: `(N, d)` tokens, jitter included.
+            mask: bool `(N,)`, False at padding, or None; only a rule in which tokens depend on each
+                other needs it.
+            training: Whether noise is on.
 
-    def _optional_losses(
-        self, probabilities: Tensor, experts: Tensor, kept: Tensor, mask: Tensor | None
-    ) -> dict[str, Tensor]:
-        """Those that are on; all tokens count as one sequence until `by_sequence` says more."""
-        found = {}
+        One that `needs_token_ids` takes them as one more argument, `token_ids=None`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must implement `decide`.")
+
+    def adapt(self, routing: Routing) -> None:
+        """Changes what follows the load, after each training batch. By default nothing does."""
+
+    def call(
+        self,
+        inputs: Tensor,
+        mask: Tensor | None = None,
+        training: bool | None = None,
+        num_sequences: Size = 1,
+        token_ids: Tensor | None = None,
+    ) -> Routing:
+        if training and self.jitter:
+            inputs = self._jittered(inputs)
+        more = {"token_ids": token_ids} if self.needs_token_ids else {}
+        decision = self.decide(inputs, mask, training, **more)
+        routing = self._record(decision, mask, num_sequences)
+        if training:
+            self.adapt(routing)
+        return routing
+
+    def _jittered(self, inputs: Tensor) -> Tensor:
+        """Multiplies by U(1 - jitter, 1 + jitter), Switch Transformers section 2.2 and its code."""
+        noise = keras.random.uniform(
+            ops.shape(inputs),
+            1.0 - self.jitter,
+            1.0 + self.jitter,
+            dtype="float32",
+            seed=self.seed_generator,
+        )
+        return inputs * noise
+
+    def _record(self, decision: Decision, mask: Tensor | None, num_sequences: Size) -> Routing:
+        """The record of a decision, with padding left out, the load, and the losses."""
+        experts, weights, logits, probabilities, is_chosen, more_losses, served = decision
+        asked = ops.ones_like(experts, dtype="bool") if is_chosen is None else is_chosen
+        if mask is not None:
+            asked = ops.logical_and(asked, ops.expand_dims(mask, -1))
+        load = load_of(experts, asked, self.num_experts)
+        named = {
+            "balance": losses.balance_loss(probabilities, load, self.top_k, mask),
+            "z_loss": losses.z_loss(logits, mask),
+        }
         if self.loss_weights.get("sequence_balance"):
-            found["sequence_balance"] = losses.sequence_balance_loss(
-                probabilities, experts, kept, 1, mask
+            named["sequence_balance"] = losses.sequence_balance_loss(
+                probabilities, experts, asked, num_sequences, mask
             )
         if self.loss_weights.get("local_entropy"):
-            found["local_entropy"] = losses.local_entropy_loss(probabilities, mask)
+            named["local_entropy"] = losses.local_entropy_loss(probabilities, mask)
         if self.loss_weights.get("global_entropy"):
-            found["global_entropy"] = losses.global_entropy_loss(probabilities, mask)
-        return found
+            named["global_entropy"] = losses.global_entropy_loss(probabilities, mask)
+        kept = asked
+        if served is not None:
+            experts, weights, kept = served
+        return Routing(experts, weights, kept, asked, logits, load, {**named, **more_losses})
 
     def compute_output_spec(
-        self, inputs: Tensor, mask: Tensor | None = None, training: bool | None = None
+        self,
+        inputs: Tensor,
+        mask: Tensor | None = None,
+        training: bool | None = None,
+        num_sequences: Size = 1,
+        token_ids: Tensor | None = None,
     ) -> Routing:
-        del mask, training
         return self.routing_spec(tuple(inputs.shape)[:-1])
 
     def routing_spec(self, leading: tuple[int | None, ...]) -> Routing:
@@ -195,6 +238,7 @@ class Router(SavesSeed):
             experts=spec(self.top_k, "int32"),
             weights=spec(self.top_k, "float32"),
             kept=spec(self.top_k, "bool"),
+            asked=spec(self.top_k, "bool"),
             logits=spec(self.num_experts, "float32"),
             load=keras.KerasTensor((self.num_experts,), dtype="float32"),
             losses={
@@ -278,7 +322,7 @@ class LinearRouter(Router):
         self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
         self.kernel_constraint = keras.constraints.get(kernel_constraint)
 
-    def build(self, input_shape: Any) -> None:
+    def build(self, input_shape: Shape) -> None:
         width = checks.token_shape(type(self).__name__, tuple(input_shape))
         self.kernel = self.add_weight(
             name="kernel",
@@ -301,26 +345,11 @@ class LinearRouter(Router):
         """
         raise NotImplementedError(f"{type(self).__name__} must implement `choose`.")
 
-    def call(
-        self, inputs: Tensor, mask: Tensor | None = None, training: bool | None = None
-    ) -> Routing:
-        logits = self.logits(self.jittered(inputs, training))
+    def decide(self, inputs: Tensor, mask: Tensor | None, training: bool | None) -> Decision:
+        logits = self.logits(inputs)
         probabilities = self.probabilities(logits)
         experts, weights = self.choose(logits, probabilities)
-        return self.record(experts, weights, logits, probabilities, mask)
-
-    def jittered(self, inputs: Tensor, training: bool | None) -> Tensor:
-        """Multiplies by U(1 - jitter, 1 + jitter), Switch Transformers section 2.2 and its code."""
-        if not training or not self.jitter:
-            return inputs
-        noise = keras.random.uniform(
-            ops.shape(inputs),
-            1.0 - self.jitter,
-            1.0 + self.jitter,
-            dtype="float32",
-            seed=self.seed_generator,
-        )
-        return inputs * noise
+        return Decision(experts, weights, logits, probabilities)
 
     def get_config(self) -> Config:
         return {

@@ -7,9 +7,9 @@ from keras import ops
 
 from keras_moe.core import checks
 from keras_moe.core.numerics import normal_cdf, softmax
-from keras_moe.core.records import Routing
 from keras_moe.core.types import Config, Tensor
 from keras_moe.routers import losses
+from keras_moe.routers.base import Decision
 from keras_moe.routers.noisy import NoisyRouter
 from keras_moe.routers.selection import pick, select_top_k
 
@@ -52,6 +52,8 @@ class BatchPriorityRouter(NoisyRouter):
         "load": 0.005,
     }
 
+    serves_best_first = True
+
     def __init__(
         self,
         num_experts: int,
@@ -63,10 +65,8 @@ class BatchPriorityRouter(NoisyRouter):
         super().__init__(num_experts, top_k, **kwargs)
         self.noise_std = checks.optional(checks.non_negative, "noise_std", noise_std)
 
-    def call(
-        self, inputs: Tensor, mask: Tensor | None = None, training: bool | None = None
-    ) -> Routing:
-        clean = self.logits(self.jittered(inputs, training))
+    def decide(self, inputs: Tensor, mask: Tensor | None, training: bool | None) -> Decision:
+        clean = self.logits(inputs)
         std = 1.0 / self.num_experts if self.noise_std is None else self.noise_std
         noisy = clean
         if training and std:
@@ -79,20 +79,11 @@ class BatchPriorityRouter(NoisyRouter):
             load = losses.cv_squared(normal_cdf((clean - threshold) / std), mask)
         probabilities = self.probabilities(clean)
         importance = losses.cv_squared(probabilities, mask)
-        return self.record(
-            experts,
-            weights,
-            clean,
-            probabilities,
-            mask,
-            more_losses={"importance": importance, "load": load},
-        )
+        more = {"importance": importance, "load": load}
+        return Decision(experts, weights, clean, probabilities, losses=more)
 
     def looks_ahead(self, has_capacity: bool) -> str | None:
         return "`BatchPriorityRouter` gives slots to later tokens first" if has_capacity else None
-
-    def priority(self, routing: Routing) -> Tensor:
-        return routing.weights[:, 0]  # the largest
 
     def get_config(self) -> Config:
         return {**super().get_config(), "noise_std": self.noise_std}

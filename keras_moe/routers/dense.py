@@ -31,6 +31,8 @@ class DenseRouter(LinearRouter):
         "global_entropy": 0.0,
     }
 
+    chooses_all = True
+
     def __init__(self, num_experts: int, **kwargs: Any) -> None:
         refuse_top_k(type(self), kwargs)
         super().__init__(num_experts, num_experts, **kwargs)

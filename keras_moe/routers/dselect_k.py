@@ -10,9 +10,8 @@ from keras import ops
 from keras_moe.core import checks
 from keras_moe.core.initializers import FiniteInitializer
 from keras_moe.core.numerics import softmax
-from keras_moe.core.records import Routing
-from keras_moe.core.types import Config, InitializerLike, Tensor
-from keras_moe.routers.base import LinearRouter
+from keras_moe.core.types import Config, InitializerLike, Shape, Tensor
+from keras_moe.routers.base import Decision, LinearRouter
 from keras_moe.routers.losses import masked_sum, token_count
 from keras_moe.routers.selection import all_experts
 
@@ -82,7 +81,7 @@ class DSelectKRouter(LinearRouter):
         is_full = self.num_experts == 2**self.num_bits
         self.loss_weights = {**self.loss_weights, "unused": 0.0 if is_full else 1.0}
 
-    def build(self, input_shape: Any) -> None:
+    def build(self, input_shape: Shape) -> None:
         width = checks.token_shape("DSelectKRouter", tuple(input_shape))
         leading = () if self.static else (width,)
         glorot = keras.initializers.GlorotUniform(self.seed)
@@ -99,10 +98,7 @@ class DSelectKRouter(LinearRouter):
             )
             setattr(self, name, weight)
 
-    def call(
-        self, inputs: Tensor, mask: Tensor | None = None, training: bool | None = None
-    ) -> Routing:
-        inputs = self.jittered(inputs, training)
+    def decide(self, inputs: Tensor, mask: Tensor | None, training: bool | None) -> Decision:
         shares = self._shares(self._of_tokens(inputs, self.codes))  # (N, k, E)
         importance = softmax(self._of_tokens(inputs, self.alpha))
         weights = ops.sum(shares * ops.expand_dims(importance, -1), axis=1)
@@ -112,14 +108,13 @@ class DSelectKRouter(LinearRouter):
         entropy = -ops.sum(shares * logs, axis=(1, 2))
         unused = ops.sum(1.0 / ops.maximum(ops.sum(shares, axis=-1), 1e-6), axis=-1)
         count = token_count(inputs, mask)
-        return self.record(
+        return Decision(
             all_experts(weights),
             weights,
             logits,
             self.probabilities(logits),
-            mask,
             is_chosen=is_used,
-            more_losses={
+            losses={
                 "entropy": masked_sum(entropy, mask) / count,
                 "unused": masked_sum(unused, mask) / count,
             },

@@ -51,7 +51,6 @@ class ExpertChoiceRouter(LinearRouter):
         )
 
     def looks_ahead(self, has_capacity: bool) -> str | None:
-        del has_capacity
         return "where experts choose their tokens, a token's route depends on later ones"
 
     def choose(self, logits: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,18 +6,17 @@ import keras
 from keras import ops
 
 from keras_moe.core.initializers import derived_seed
-from keras_moe.core.records import Routing
-from keras_moe.core.types import Config, Tensor
-from keras_moe.routers.base import Router, refuse_arguments_of_others
+from keras_moe.core.types import Config, Shape, Tensor
+from keras_moe.routers.base import Decision, Router, refuse_arguments_of_others
 from keras_moe.routers.selection import all_experts, select_top_k
 
 
 class FixedRouter(Router):
     """A router that learns nothing: no kernel, no losses, equal weights."""
 
-    def _record(self, experts: Tensor, logits: Tensor, mask: Tensor | None) -> Routing:
+    def _decision(self, experts: Tensor, logits: Tensor) -> Decision:
         weights = ops.ones_like(experts, dtype="float32") / self.top_k
-        return self.record(experts, weights, logits, self.probabilities(logits), mask)
+        return Decision(experts, weights, logits, self.probabilities(logits))
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -44,7 +43,7 @@ class HashRouter(FixedRouter):
     ) -> None:
         super().__init__(num_experts, top_k, seed=seed, **kwargs)
 
-    def build(self, input_shape: Any) -> None:
+    def build(self, input_shape: Shape) -> None:
         seed = derived_seed(self.seed, "router/projection")
         self.projection = self.add_weight(
             name="projection",
@@ -53,11 +52,9 @@ class HashRouter(FixedRouter):
             trainable=False,
         )
 
-    def call(
-        self, inputs: Tensor, mask: Tensor | None = None, training: bool | None = None
-    ) -> Routing:
+    def decide(self, inputs: Tensor, mask: Tensor | None, training: bool | None) -> Decision:
         logits = ops.stop_gradient(ops.matmul(inputs, self.projection))
-        return self._record(select_top_k(logits, self.top_k), logits, mask)
+        return self._decision(select_top_k(logits, self.top_k), logits)
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -78,14 +75,12 @@ class RandomRouter(HashRouter):
 
     draws_noise = True
 
-    def call(
-        self, inputs: Tensor, mask: Tensor | None = None, training: bool | None = None
-    ) -> Routing:
+    def decide(self, inputs: Tensor, mask: Tensor | None, training: bool | None) -> Decision:
         if not training:
-            return super().call(inputs, mask=mask)
+            return super().decide(inputs, mask, training)
         shape = (ops.shape(inputs)[0], self.num_experts)
         logits = keras.random.normal(shape, dtype="float32", seed=self.seed_generator)
-        return self._record(select_top_k(logits, self.top_k), logits, mask)
+        return self._decision(select_top_k(logits, self.top_k), logits)
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -96,18 +91,18 @@ class UniformRouter(FixedRouter):
         num_experts: Positive integer, the number of experts E.
     """
 
+    chooses_all = True
+
     def __init__(self, num_experts: int, **kwargs: Any) -> None:
         refuse_arguments_of_others(type(self), kwargs)
         super().__init__(num_experts, num_experts, **kwargs)
 
-    def build(self, input_shape: Any) -> None:
-        del input_shape  # it has no weights
+    def build(self, input_shape: Shape) -> None:
+        """Nothing: it has no weights."""
 
-    def call(
-        self, inputs: Tensor, mask: Tensor | None = None, training: bool | None = None
-    ) -> Routing:
+    def decide(self, inputs: Tensor, mask: Tensor | None, training: bool | None) -> Decision:
         logits = ops.zeros((ops.shape(inputs)[0], self.num_experts), dtype="float32")
-        return self._record(all_experts(logits), logits, mask)
+        return self._decision(all_experts(logits), logits)
 
     def get_config(self) -> Config:
         config = super().get_config()

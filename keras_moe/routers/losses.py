@@ -9,7 +9,7 @@ import math
 from keras import ops
 
 from keras_moe.core.sizes import as_tensor, at_least
-from keras_moe.core.types import Tensor
+from keras_moe.core.types import Size, Tensor
 
 
 def token_count(tokens: Tensor, mask: Tensor | None) -> float | Tensor:
@@ -59,7 +59,7 @@ def sequence_balance_loss(
     probabilities: Tensor,
     experts: Tensor,
     is_chosen: Tensor,
-    num_sequences: int | Tensor,
+    num_sequences: Size,
     mask: Tensor | None,
 ) -> Tensor:
     """The balance loss of each sequence on its own, and the mean of these.

@@ -7,8 +7,8 @@ from keras import ops
 
 from keras_moe.core import checks
 from keras_moe.core.numerics import edges_of, slots_per_expert
-from keras_moe.core.records import Routing
-from keras_moe.core.types import Config, Tensor
+from keras_moe.core.types import Config, Size, Tensor
+from keras_moe.routers.base import Decision, Served
 from keras_moe.routers.selection import pick, select_top_k
 from keras_moe.routers.top_k import TopKRouter
 
@@ -73,48 +73,38 @@ class NoTokenLeftRouter(TopKRouter):
         self.rounds = self.num_experts if rounds is None else rounds
         checks.int_between("rounds", self.rounds, self.top_k, self.num_experts, "num_experts")
 
-    def call(
-        self, inputs: Tensor, mask: Tensor | None = None, training: bool | None = None
-    ) -> Routing:
-        asked = super().call(inputs, mask=mask, training=training)
+    def decide(self, inputs: Tensor, mask: Tensor | None, training: bool | None) -> Decision:
+        asked = super().decide(inputs, mask, training)
         ranked = select_top_k(asked.logits, self.rounds)
-        granted = self._granted(ranked, asked.kept[:, 0], self._capacity(inputs, training))
+        granted = self._granted(ranked, mask, self._capacity(inputs, training))
         # Granted experts first, best first; where they are fewer than k, the best of the others.
         preference = ops.where(granted, 2 * self.rounds, self.rounds) - ops.arange(self.rounds)
         place = select_top_k(ops.cast(preference, "float32"), self.top_k)
         experts = pick(ranked, place)
         is_placed = pick(granted, place)
-        scores = self._scores(asked.logits, self.probabilities(asked.logits))
+        is_softmax = self.score == "softmax"
+        scores = asked.probabilities if is_softmax else ops.sigmoid(asked.logits)
         weights = ops.where(is_placed, self._weights(scores, experts), 0.0)
-        return asked._replace(experts=experts, weights=weights, kept=is_placed)
+        return asked._replace(served=Served(experts, weights, is_placed))
 
     def looks_ahead(self, has_capacity: bool) -> str | None:
-        del has_capacity
         return "`NoTokenLeftRouter` sends a token where later ones leave room"
 
-    def before_drops(self, routing: Routing, mask: Tensor | None) -> Routing:
-        experts = select_top_k(routing.logits, self.top_k)
-        kept = ops.ones_like(experts, dtype="bool")
-        if mask is not None:
-            kept = ops.logical_and(kept, ops.expand_dims(mask, -1))
-        return routing._replace(experts=experts, kept=kept)
-
-    def _capacity(self, inputs: Tensor, training: bool | None) -> int | Tensor:
+    def _capacity(self, inputs: Tensor, training: bool | None) -> Size:
         factor = self.capacity_factor
         if not training and self.eval_capacity_factor is not None:
             factor = self.eval_capacity_factor
         return slots_per_expert(factor * self.top_k / self.num_experts, ops.shape(inputs)[0])
 
-    def _granted(self, ranked: Tensor, is_token: Tensor, capacity: int | Tensor) -> Tensor:
+    def _granted(self, ranked: Tensor, mask: Tensor | None, capacity: Size) -> Tensor:
         """Which of a token's experts, ranked `(N, R)`, have a place for it: bool `(N, R)`."""
         rounds = ops.arange(self.rounds, dtype="int32")
 
         def asks(granted: Tensor) -> Tensor:
             count = ops.sum(ops.cast(granted, "int32"), axis=-1)
-            return ops.logical_and(is_token, count < self.top_k)
+            return count < self.top_k if mask is None else ops.logical_and(mask, count < self.top_k)
 
         def is_open(turn: Tensor, granted: Tensor, free: Tensor) -> Tensor:
-            del free
             return ops.logical_and(turn < self.rounds, ops.any(asks(granted)))
 
         def step(turn: Tensor, granted: Tensor, free: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,9 +7,9 @@ from keras import ops
 
 from keras_moe.core.initializers import FiniteInitializer
 from keras_moe.core.numerics import normal_cdf, softmax
-from keras_moe.core.records import Routing
-from keras_moe.core.types import InitializerLike, Tensor
+from keras_moe.core.types import InitializerLike, Shape, Tensor
 from keras_moe.routers import losses
+from keras_moe.routers.base import Decision
 from keras_moe.routers.noisy import NoisyRouter
 from keras_moe.routers.selection import pick, select_top_k, spread
 
@@ -60,7 +60,7 @@ class NoisyTopKRouter(NoisyRouter):
     ) -> None:
         super().__init__(num_experts, top_k, kernel_initializer=kernel_initializer, **kwargs)
 
-    def build(self, input_shape: Any) -> None:
+    def build(self, input_shape: Shape) -> None:
         super().build(input_shape)
         self.noise_kernel = self.add_weight(
             name="noise_kernel",
@@ -70,10 +70,7 @@ class NoisyTopKRouter(NoisyRouter):
             constraint=self.kernel_constraint,
         )
 
-    def call(
-        self, inputs: Tensor, mask: Tensor | None = None, training: bool | None = None
-    ) -> Routing:
-        inputs = self.jittered(inputs, training)
+    def decide(self, inputs: Tensor, mask: Tensor | None, training: bool | None) -> Decision:
         clean = self.logits(inputs)
         std = ops.softplus(ops.matmul(inputs, self.noise_kernel)) + _LEAST_NOISE
         noisy = clean
@@ -87,13 +84,12 @@ class NoisyTopKRouter(NoisyRouter):
         else:
             weights = pick(softmax(noisy), experts)
         gates = spread(weights, experts, self.num_experts)
-        return self.record(
+        return Decision(
             experts,
             weights,
             clean,
             self.probabilities(clean),
-            mask,
-            more_losses={
+            losses={
                 "importance": losses.cv_squared(gates, mask),
                 "load": self._load_loss(clean, std, values, experts, mask),
             },

@@ -5,6 +5,7 @@ from typing import Any
 import keras
 
 from keras_moe.core import checks
+from keras_moe.core.types import Config
 from keras_moe.routers.base import Router
 from keras_moe.routers.batch_priority import BatchPriorityRouter
 from keras_moe.routers.dense import DenseRouter
@@ -40,7 +41,7 @@ _DEFAULT_TOP_K = 2
 
 
 def get(
-    router: Any,
+    router: Router | str | Config,
     *,
     num_experts: int,
     top_k: int | None = None,

@@ -6,9 +6,8 @@ import keras
 from keras import ops
 
 from keras_moe.core import checks
-from keras_moe.core.records import Routing
-from keras_moe.core.types import Config, Tensor
-from keras_moe.routers.base import LinearRouter
+from keras_moe.core.types import Config, Shape, Tensor
+from keras_moe.routers.base import Decision, LinearRouter
 from keras_moe.routers.losses import masked_sum, token_count
 from keras_moe.routers.selection import pick, select_top_k, spread
 
@@ -70,7 +69,7 @@ class ReLURouter(LinearRouter):
             checks.fail("`rate` must be a number above 1.", rate=rate)
         self.loss_weights = {**self.loss_weights, "l1": 1.0}  # lambda is its coefficient
 
-    def build(self, input_shape: Any) -> None:
+    def build(self, input_shape: Shape) -> None:
         super().build(input_shape)
         self.penalty = self.add_weight(
             name="penalty",
@@ -81,10 +80,8 @@ class ReLURouter(LinearRouter):
             autocast=False,
         )
 
-    def call(
-        self, inputs: Tensor, mask: Tensor | None = None, training: bool | None = None
-    ) -> Routing:
-        logits = self.logits(self.jittered(inputs, training))
+    def decide(self, inputs: Tensor, mask: Tensor | None, training: bool | None) -> Decision:
+        logits = self.logits(inputs)
         experts = select_top_k(logits, self.top_k)
         values = pick(logits, experts)
         weights = ops.relu(values) + 0.0 * values  # a token that is not finite shows in its output
@@ -98,14 +95,13 @@ class ReLURouter(LinearRouter):
         if training and self.trainable:
             is_above = ops.sign(ops.sum(load) - self.target_experts * count)
             self.penalty.assign(penalty * ops.power(self.rate, is_above))
-        return self.record(
+        return Decision(
             experts,
             weights,
             logits,
             self.probabilities(logits),
-            mask,
             is_chosen=is_active,
-            more_losses={"l1": l1},
+            losses={"l1": l1},
         )
 
     def get_config(self) -> Config:

@@ -7,7 +7,7 @@ from keras import ops
 
 from keras_moe.core import checks
 from keras_moe.core.records import Routing
-from keras_moe.core.types import Config, Tensor
+from keras_moe.core.types import Config, Shape, Tensor
 from keras_moe.routers.selection import select_top_k
 from keras_moe.routers.top_k import TopKRouter
 
@@ -95,7 +95,7 @@ class SigmoidBiasRouter(TopKRouter):
                 top_groups=top_groups,
             )
 
-    def build(self, input_shape: Any) -> None:
+    def build(self, input_shape: Shape) -> None:
         super().build(input_shape)
         self.bias = self.add_weight(
             name="bias",
@@ -106,21 +106,16 @@ class SigmoidBiasRouter(TopKRouter):
             autocast=False,
         )
 
-    def call(
-        self, inputs: Tensor, mask: Tensor | None = None, training: bool | None = None
-    ) -> Routing:
-        routing = super().call(inputs, mask=mask, training=training)
-        if training and self.trainable and self.bias_update_rate:
+    def adapt(self, routing: Routing) -> None:
+        if self.trainable and self.bias_update_rate:
             is_short = ops.sign(ops.mean(routing.load) - routing.load)
             self.bias.assign(self.bias + self.bias_update_rate * is_short)
-        return routing
 
     def choose(self, logits: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
         experts, weights = super().choose(logits, probabilities)
         return experts, self.routed_scale * weights
 
     def _ranked_by(self, logits: Tensor, scores: Tensor) -> Tensor:
-        del logits
         return self._within_groups(scores + self.bias)  # the bias chooses, and weighs nothing
 
     def _within_groups(self, scores: Tensor) -> Tensor:

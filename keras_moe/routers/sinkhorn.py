@@ -7,9 +7,8 @@ from keras import ops
 
 from keras_moe.core import checks
 from keras_moe.core.numerics import softmax
-from keras_moe.core.records import Routing
 from keras_moe.core.types import Config, Tensor
-from keras_moe.routers.base import LinearRouter
+from keras_moe.routers.base import Decision, LinearRouter
 from keras_moe.routers.selection import pick, select_top_k
 
 _TINY = 1e-20
@@ -58,19 +57,16 @@ class SinkhornRouter(LinearRouter):
         self.iterations = checks.positive_int("iterations", iterations)
 
     def looks_ahead(self, has_capacity: bool) -> str | None:
-        del has_capacity
         return "`SinkhornRouter` balances over all tokens in training"
 
-    def call(
-        self, inputs: Tensor, mask: Tensor | None = None, training: bool | None = None
-    ) -> Routing:
-        logits = self.logits(self.jittered(inputs, training))
+    def decide(self, inputs: Tensor, mask: Tensor | None, training: bool | None) -> Decision:
+        logits = self.logits(inputs)
         scores = self._balanced(logits, mask) if training else logits
         experts = select_top_k(scores, self.top_k)
         probabilities = self.probabilities(logits)
         values = ops.sigmoid(logits) if self.top_k == 1 else probabilities
         weights = pick(values, experts)
-        return self.record(experts, weights, logits, probabilities, mask)
+        return Decision(experts, weights, logits, probabilities)
 
     def _balanced(self, logits: Tensor, mask: Tensor | None) -> Tensor:
         """The scaled scores, `(N, E)`; 0 for padding, which takes no share of an expert."""

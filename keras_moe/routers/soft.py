@@ -9,7 +9,7 @@ from keras_moe.core import checks
 from keras_moe.core.initializers import FiniteInitializer
 from keras_moe.core.numerics import as_float, softmax
 from keras_moe.core.records import SoftRouting
-from keras_moe.core.types import Config, InitializerLike, RegularizerLike, Tensor
+from keras_moe.core.types import Config, InitializerLike, RegularizerLike, Shape, Size, Tensor
 
 _EPSILON = 1e-6  # vmoe's; the paper's x / (norm + eps) has a NaN gradient at a zero vector
 # How tokens are dispatched to slots, and how slots are combined into tokens.
@@ -97,7 +97,7 @@ class SoftRouter(keras.layers.Layer):
         """The slots of all experts, E P."""
         return self.num_experts * self.slots_per_expert
 
-    def build(self, input_shape: Any) -> None:
+    def build(self, input_shape: Shape) -> None:
         width = checks.token_shape("SoftRouter", tuple(input_shape), min_rank=3)
         if "soft" not in _MIXINGS[self.mixing]:
             return  # weights that nothing reads would get no gradient
@@ -157,7 +157,7 @@ class SoftRouter(keras.layers.Layer):
         # Where nothing is visible the softmax is uniform, and set to zero here.
         return _hide(softmax(dispatch, axis=-2), visible), softmax(combine, axis=-1)
 
-    def visible(self, count: int | Tensor, mask: Tensor | None) -> Tensor | None:
+    def visible(self, count: Size, mask: Tensor | None) -> Tensor | None:
         """Which tokens a slot mixes, bool `(batch, n)`; with `causal` `(batch, n, n)`, entry
         [b, n, m] for token m in the slots that token n reads. None for all of them.
         """

@@ -11,7 +11,14 @@ from keras_moe.core.initializers import PerExpertInitializer
 from keras_moe.core.numerics import softmax
 from keras_moe.core.records import GateRouting
 from keras_moe.core.seeds import SavesSeed
-from keras_moe.core.types import Config, ConstraintLike, InitializerLike, RegularizerLike, Tensor
+from keras_moe.core.types import (
+    Config,
+    ConstraintLike,
+    InitializerLike,
+    RegularizerLike,
+    Shape,
+    Tensor,
+)
 from keras_moe.routers.selection import scaled_to_one
 
 
@@ -68,7 +75,7 @@ class SoftmaxGate(SavesSeed):
         self.seed = checks.optional(checks.integer, "seed", seed)
         self.seed_generator = keras.random.SeedGenerator(seed) if self.dropout else None
 
-    def build(self, input_shape: Any) -> None:
+    def build(self, input_shape: Shape) -> None:
         width = checks.token_shape("SoftmaxGate", tuple(input_shape))
         self.kernel = self.add_weight(
             name="kernel",

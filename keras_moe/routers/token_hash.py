@@ -10,8 +10,8 @@ from keras import ops
 
 from keras_moe.core import checks
 from keras_moe.core.initializers import derived_seed
-from keras_moe.core.records import Routing
-from keras_moe.core.types import Config, Tensor
+from keras_moe.core.types import Config, Shape, Tensor
+from keras_moe.routers.base import Decision
 from keras_moe.routers.fixed import FixedRouter
 
 Table = np.ndarray[Any, np.dtype[np.int32]]
@@ -68,8 +68,7 @@ class TokenHashRouter(FixedRouter):
         super().__init__(num_experts, top_k, seed=seed, **kwargs)
         self.vocabulary_size = checks.positive_int("vocabulary_size", vocabulary_size)
 
-    def build(self, input_shape: Any) -> None:
-        del input_shape
+    def build(self, input_shape: Shape) -> None:
         self.table = self.add_weight(
             name="table",
             shape=(self.vocabulary_size, self.top_k),
@@ -109,30 +108,19 @@ class TokenHashRouter(FixedRouter):
             )
         self.table.assign(_balanced_table(amounts, self.num_experts, self.top_k))
 
-    def call(
+    def decide(
         self,
         inputs: Tensor,
-        mask: Tensor | None = None,
-        training: bool | None = None,
+        mask: Tensor | None,
+        training: bool | None,
         token_ids: Tensor | None = None,
-    ) -> Routing:
-        del training
+    ) -> Decision:
         if token_ids is None:
             checks.fail("`TokenHashRouter` needs `token_ids`.", token_ids=None)
         rows = ops.mod(ops.cast(token_ids, "int32"), self.vocabulary_size)
         experts = ops.take(ops.convert_to_tensor(self.table), rows, axis=0)
         logits = ops.zeros((ops.shape(inputs)[0], self.num_experts), dtype="float32")
-        return self._record(experts, logits, mask)
-
-    def compute_output_spec(
-        self,
-        inputs: Tensor,
-        mask: Tensor | None = None,
-        training: bool | None = None,
-        token_ids: Tensor | None = None,
-    ) -> Routing:
-        del mask, training, token_ids
-        return self.routing_spec(tuple(inputs.shape)[:-1])
+        return self._decision(experts, logits)
 
     def get_config(self) -> Config:
         return {**super().get_config(), "vocabulary_size": self.vocabulary_size}

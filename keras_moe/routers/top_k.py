@@ -6,6 +6,7 @@ import keras
 from keras import ops
 
 from keras_moe.core import checks
+from keras_moe.core.numerics import softmax
 from keras_moe.core.types import Config, Tensor
 from keras_moe.routers.base import LinearRouter
 from keras_moe.routers.selection import pick, scaled_to_one, select_top_k
@@ -60,16 +61,13 @@ class TopKRouter(LinearRouter):
 
     def probabilities(self, logits: Tensor) -> Tensor:
         if self.score == "softmax":
-            return super().probabilities(logits)
+            return softmax(logits)
         return scaled_to_one(ops.sigmoid(logits))
 
     def choose(self, logits: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
-        scores = self._scores(logits, probabilities)
+        scores = probabilities if self.score == "softmax" else ops.sigmoid(logits)
         experts = select_top_k(self._ranked_by(logits, scores), self.top_k)
         return experts, self._weights(scores, experts)
-
-    def _scores(self, logits: Tensor, probabilities: Tensor) -> Tensor:
-        return probabilities if self.score == "softmax" else ops.sigmoid(logits)
 
     def _weights(self, scores: Tensor, experts: Tensor) -> Tensor:
         weights = pick(scores, experts)
@@ -77,7 +75,6 @@ class TopKRouter(LinearRouter):
 
     def _ranked_by(self, logits: Tensor, scores: Tensor) -> Tensor:
         """What the k largest are taken of: logits, in whose place scores may round to ties."""
-        del scores
         return logits
 
     def get_config(self) -> Config:

@@ -4,9 +4,16 @@ import keras
 import pytest
 
 from keras_moe import layers
-from keras_moe.dispatch import DenseDispatcher, WalkDispatcher, costs, native
+from keras_moe.dispatch import DenseDispatcher, WalkDispatcher, choose, costs, native
 
 UNIT = costs.Platform(read=10.0, copy=20.0, waste=5.0, start=3.0, lookup=2.0, dispatch=0.25)
+
+
+@pytest.fixture(autouse=True)
+def forgets_costs():
+    choose._costs.cache_clear()
+    yield
+    choose._costs.cache_clear()
 
 
 @pytest.fixture

@@ -207,7 +207,7 @@ def ours(make, logits, k, weights, sequences):
         if hasattr(router, "noise_kernel"):
             router.noise_kernel.assign(np.zeros((E, E)))
         x = layer.astype("float32")
-        routing = router.by_sequence(router(ops.convert_to_tensor(x)), sequences, None)
+        routing = router(ops.convert_to_tensor(x), num_sequences=sequences)
         for name, weight in router.loss_weights.items():
             total += weight * float(ops.convert_to_numpy(routing.losses[name]))
     return total

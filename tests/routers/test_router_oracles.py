@@ -211,8 +211,8 @@ class WithLosses(keras.layers.Layer):
 
     def call(self, inputs, mask=None, training=None, token_ids=None):
         more = {"token_ids": token_ids} if self.router.needs_token_ids else {}
+        more["num_sequences"] = self.sequences
         routing = self.router(inputs, mask=mask, training=training, **more)
-        routing = self.router.by_sequence(routing, self.sequences, mask)
         for name, loss in routing.losses.items():
             self.add_loss(coefficients(self.router)[name] * loss)
         return routing

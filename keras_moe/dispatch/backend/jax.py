@@ -14,7 +14,7 @@ assignment. Rows are gathered from the tokens block by block and never stand in 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -39,6 +39,7 @@ class _Static(NamedTuple):
 
     activations: tuple[Callable[..., Tensor] | None, ...]
     block_sizes: tuple[int, ...]  # the largest first; each is a program of its own
+    is_training: bool = False
 
 
 def block_sizes(total: int, num_experts: int) -> tuple[int, ...]:
@@ -83,7 +84,7 @@ def walk(tokens: Tensor, rows: Rows, stages: Sequence[Stage]) -> Tensor:
     static = _Static(tuple(stage.activation for stage in stages), block_sizes(total, ends.shape[0]))
     layers = [(stage.kernels, stage.biases) for stage in stages]
     scales = [stage.scale for stage in stages]
-    return _walk(static, tokens, weights, layers, scales, slots, ends)
+    return _walk(static, tokens, weights, layers, scales, slots, ends)[0]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -95,58 +96,44 @@ def _walk(
     scales: Any,
     slots: Slots,
     ends: Tensor,
-) -> Tensor:
-    return _forward(static, tokens, weights, layers, scales, slots, ends, keep=False)[0]
-
-
-def _walk_forward(static: _Static, *inputs: Any) -> tuple[Tensor, Any]:
-    sums, kept = _forward(static, *inputs, keep=True)  # type: ignore[misc]
-    return sums, (*inputs, kept)
-
-
-def _forward(
-    static: _Static,
-    tokens: Tensor,
-    weights: Tensor,
-    layers: Any,
-    scales: Any,
-    slots: Slots,
-    ends: Tensor,
-    keep: bool,
 ) -> tuple[Tensor, Any]:
-    """Returns the tokens' sums and, with `keep`, what each activation was applied to, by slot."""
+    """The tokens' sums and, in training, what each activation was applied to, by slot."""
     token_of, _ = _assignments(slots, weights)
 
-    def block(size: int, expert: Any, at: Tensor, end: Tensor, carry: Any) -> Any:
-        outputs, kept = carry
-        hidden, sums = _take(tokens, _read(token_of, at, size)), []
+    def block(
+        size: int, expert: Any, at: Tensor, end: Tensor, state: Any, totals: Any
+    ) -> tuple[Any, Any]:
+        outputs, kept = state
+        hidden, all_sums = _take(tokens, lax.dynamic_slice_in_dim(token_of, at, size)), []
         stages = zip(static.activations, scales, expert, strict=True)
         for activation, scale, (kernels, biases) in stages:
-            before = _linear(hidden, kernels, biases)
-            sums.append(before)
-            hidden = _activated(activation, before, _read(scale, at, size))
-        kept = [_write(all_, new, at) for all_, new in zip(kept, sums[: len(kept)], strict=True)]
-        return _write(outputs, hidden, at), kept
+            sums = _linear(hidden, kernels, biases)
+            all_sums.append(sums)
+            factors = None if scale is None else _read(scale, at, size)
+            hidden = _activated(activation, sums, factors)
+        kept = [_write(rows, sums, at) for rows, sums in zip(kept, all_sums, strict=False)]
+        return (_write(outputs, hidden, at), kept), totals
 
-    widths = [[kernel.shape[-1] for kernel in kernels] for kernels, _ in layers]
-
-    def empty(width: int) -> Tensor:
-        return jnp.zeros((token_of.shape[0], width), tokens.dtype)
-
+    widths = [tuple(kernel.shape[-1] for kernel in kernels) for kernels, _ in layers]
     # A last layer that is linear needs nothing for its backward pass.
     remembered = widths if static.activations[-1] is not None else widths[:-1]
-    kept = [tuple(empty(width) for width in stage) for stage in remembered] if keep else []
-    start = (empty(widths[-1][0]), kept)
-
-    def over_blocks(expert: Any, index: Tensor, begin: Tensor, end: Tensor, carry: Any) -> Any:
-        del index
-        return _over_blocks(block, static.block_sizes, expert, begin, end, carry)
-
-    outputs, kept = _over_experts(over_blocks, ends, layers, start)
-    by_choice = zip(_by_choice(outputs, slots, weights), weights.T, strict=True)
+    kept = jax.tree.map(
+        lambda width: jnp.zeros((token_of.shape[0], width), tokens.dtype),
+        remembered if static.is_training else [],
+    )
+    outputs = jnp.zeros((token_of.shape[0], widths[-1][0]), tokens.dtype)
     wide = jnp.promote_types(tokens.dtype, jnp.float32)
+    (outputs, kept), _ = _over_blocks(
+        block, static.block_sizes, ends, layers, (outputs, kept), (), wide
+    )
+    by_choice = zip(_by_choice(outputs, slots, weights), weights.T, strict=True)
     sums = sum(chosen.astype(wide) * weight[:, None] for chosen, weight in by_choice)
     return sums.astype(tokens.dtype), kept
+
+
+def _walk_forward(static: _Static, *inputs: Any) -> tuple[Any, Any]:
+    sums, kept = _walk.fun(static._replace(is_training=True), *inputs)
+    return (sums, []), (*inputs, kept)
 
 
 class _Tape(NamedTuple):
@@ -156,7 +143,7 @@ class _Tape(NamedTuple):
     scales: Any
     kept: Any  # what each activation was applied to
     tokens: Tensor
-    upstream: Tensor  # by token
+    grad_sums: Tensor  # by token
     token_of: Tensor
     weight_of: Tensor
 
@@ -166,52 +153,43 @@ class _Tape(NamedTuple):
         return jnp.promote_types(self.tokens.dtype, jnp.float32)
 
 
-def _walk_backward(static: _Static, residuals: Any, cotangent: Tensor) -> Any:
+def _walk_backward(static: _Static, residuals: Any, cotangents: Any) -> Any:
     tokens, weights, layers, scales, slots, ends, kept = residuals
     token_of, weight_of = _assignments(slots, weights)
-    tape = _Tape(static.activations, scales, kept, tokens, cotangent, token_of, weight_of)
-
-    def over_blocks(expert: Any, index: Tensor, begin: Tensor, end: Tensor, carry: Any) -> Any:
-        by_row, by_layer = carry
-        slopes = jax.tree.map(lambda all_: jnp.zeros(all_.shape[1:], tape.wide), by_layer)
-        block = partial(_backward_block, tape)
-        carry = _over_blocks(block, static.block_sizes, expert, begin, end, (by_row, slopes))
-        by_row, slopes = carry
-        return by_row, jax.tree.map(
-            lambda all_, new: lax.dynamic_update_index_in_dim(
-                all_, new.astype(all_.dtype), index, 0
-            ),
-            by_layer,
-            slopes,
-        )
-
-    by_row = (
+    tape = _Tape(static.activations, scales, kept, tokens, cotangents[0], token_of, weight_of)
+    start = (
         jnp.zeros((token_of.shape[0], tokens.shape[-1]), tokens.dtype),
         jnp.zeros(token_of.shape, tape.wide),
         jax.tree.map(jnp.zeros_like, scales),
     )
-    by_layer = jax.tree.map(jnp.zeros_like, layers)
-    (by_slot, by_weight, by_scales), by_layer = _over_experts(
-        over_blocks, ends, layers, (by_row, by_layer)
+    block = partial(_backward_block, tape)
+    (grad_rows, grad_weight_of, grad_scales), grad_layers = _over_blocks(
+        block,
+        static.block_sizes,
+        ends,
+        layers,
+        start,
+        jax.tree.map(jnp.zeros_like, layers),
+        tape.wide,
     )
-    by_tokens = sum(chosen.astype(tape.wide) for chosen in _by_choice(by_slot, slots, weights))
-    by_weights = jnp.stack(list(_by_choice(by_weight, slots, weights)), axis=-1)
+    grad_tokens = sum(chosen.astype(tape.wide) for chosen in _by_choice(grad_rows, slots, weights))
+    grad_weights = jnp.stack(_by_choice(grad_weight_of, slots, weights), axis=-1)
     return (
-        by_tokens.astype(tokens.dtype),
-        by_weights.astype(weights.dtype),
-        by_layer,
-        by_scales,
+        grad_tokens.astype(tokens.dtype),
+        grad_weights.astype(weights.dtype),
+        grad_layers,
+        grad_scales,
         None,
         None,
     )
 
 
 def _backward_block(
-    tape: _Tape, size: int, expert: Any, at: Tensor, end: Tensor, carry: Any
-) -> Any:
+    tape: _Tape, size: int, expert: Any, at: Tensor, end: Tensor, state: Any, grad_expert: Any
+) -> tuple[Any, Any]:
     """The gradients of one block of an expert's rows; rows past its end count as 0."""
-    (by_slot, by_weight, by_scales), slopes = carry
-    by_scales, slopes = list(by_scales), list(slopes)
+    grad_rows, grad_weight_of, grad_scales = state
+    grad_scales, grad_expert = list(grad_scales), list(grad_expert)
     is_own = (at + jnp.arange(size) < end)[:, None]
 
     def own(rows: Tensor) -> Tensor:
@@ -219,11 +197,11 @@ def _backward_block(
 
     token = _read(tape.token_of, at, size)
     weight = own(_read(tape.weight_of, at, size)[:, None])
-    unweighted = own(_take(tape.upstream, token))
+    unweighted = own(_take(tape.grad_sums, token))
     # What went into each layer, and out of the last one if that is activated.
     inputs, pullbacks = [own(_take(tape.tokens, token))], []
     for activation, scale, sums in zip(tape.activations, tape.scales, tape.kept, strict=False):
-        own_sums = tuple(own(_read(each, at, size)) for each in sums)
+        own_sums = tuple(own(_read(rows, at, size)) for rows in sums)
         hidden, pullback = jax.vjp(
             partial(_activated, activation), own_sums, _read(scale, at, size)
         )
@@ -231,29 +209,29 @@ def _backward_block(
         pullbacks.append(pullback)
 
     if len(pullbacks) == len(expert):
-        upstream = unweighted
-        slope = jnp.sum(inputs.pop() * unweighted, -1, dtype=tape.wide)
+        grad_hidden = unweighted
+        grad_weight = jnp.sum(inputs.pop() * unweighted, -1, dtype=tape.wide)
     else:
-        # The slope of an assignment's weight is <output, upstream>. The output of a linear last
+        # The gradient of an assignment's weight is <output, upstream>. The output of a linear last
         # layer is not kept: <h W + b, upstream> = <h, upstream W^T> + <b, upstream>.
         (kernel,), biases = expert[-1]
-        upstream = jnp.matmul(unweighted, kernel.T)
-        slope = jnp.sum(inputs[-1] * upstream, -1, dtype=tape.wide)
+        grad_hidden = jnp.matmul(unweighted, kernel.T)
+        grad_weight = jnp.sum(inputs[-1] * grad_hidden, -1, dtype=tape.wide)
         for bias in biases:
-            slope = slope + jnp.sum(unweighted * bias, -1, dtype=tape.wide)
+            grad_weight = grad_weight + jnp.sum(unweighted * bias, -1, dtype=tape.wide)
         weighted = (unweighted * weight).astype(tape.tokens.dtype)
-        slopes[-1] = _added(slopes[-1], inputs.pop(), (weighted,), tape.wide)
-    upstream = (upstream * weight).astype(tape.tokens.dtype)
+        grad_expert[-1] = _added(grad_expert[-1], inputs.pop(), (weighted,), tape.wide)
+    grad_hidden = (grad_hidden * weight).astype(tape.tokens.dtype)
     for index in reversed(range(len(pullbacks))):
-        by_sums, by_scale = pullbacks[index](upstream)
-        by_scales[index] = _write(by_scales[index], by_scale, at)
-        slopes[index] = _added(slopes[index], inputs.pop(), by_sums, tape.wide)
+        grad_sums, grad_scale = pullbacks[index](grad_hidden)
+        grad_scales[index] = _write(grad_scales[index], grad_scale, at)
+        grad_expert[index] = _added(grad_expert[index], inputs.pop(), grad_sums, tape.wide)
         kernels, _ = expert[index]
-        upstream = sum(
-            jnp.matmul(each, kernel.T) for each, kernel in zip(by_sums, kernels, strict=True)
+        grad_hidden = sum(
+            jnp.matmul(grad, kernel.T) for grad, kernel in zip(grad_sums, kernels, strict=True)
         )
-    by_slot, by_weight = _write((by_slot, by_weight), (upstream, slope), at)
-    return (by_slot, by_weight, by_scales), slopes
+    grad_rows, grad_weight_of = _write((grad_rows, grad_weight_of), (grad_hidden, grad_weight), at)
+    return (grad_rows, grad_weight_of, grad_scales), grad_expert
 
 
 _walk.defvjp(_walk_forward, _walk_backward)
@@ -266,29 +244,31 @@ def _assignments(slots: Slots, weights: Tensor) -> tuple[Tensor, Tensor]:
     return assignment % count, _take(weights.T.reshape(-1), assignment)
 
 
-def _by_choice(rows: Tensor, slots: Slots, weights: Tensor) -> Iterator[Tensor]:
+def _by_choice(rows: Tensor, slots: Slots, weights: Tensor) -> list[Tensor]:
     """What the slots hold for each token's first choice, second choice and so on; 0 for none.
 
     One by one: a single gather of all choices takes XLA:CPU ten times as long.
     """
     count, top_k = weights.shape
+    chosen = []
     for slot in slots.slot_of.reshape(top_k, count):
         is_kept = slot < rows.shape[0]
-        chosen = _take(rows, jnp.where(is_kept, slot, 0))
-        yield jnp.where(is_kept.reshape(-1, *[1] * (rows.ndim - 1)), chosen, 0)
+        values = _take(rows, jnp.where(is_kept, slot, 0))
+        chosen.append(jnp.where(is_kept.reshape(-1, *[1] * (rows.ndim - 1)), values, 0))
+    return chosen
 
 
-def _added(slopes: Any, inputs: Tensor, by_sums: Any, dtype: Any) -> Any:
-    """Adds a block's share to the slopes of a layer's kernels and biases."""
-    by_kernels, by_biases = slopes
+def _added(totals: Any, inputs: Tensor, grad_sums: Any, dtype: Any) -> Any:
+    """Adds a block's share to the gradients of a layer's kernels and biases."""
+    grad_kernels, grad_biases = totals
     return (
         tuple(
-            slope + jnp.matmul(inputs.T, each, preferred_element_type=dtype)
-            for slope, each in zip(by_kernels, by_sums, strict=True)
+            total + jnp.matmul(inputs.T, grad, preferred_element_type=dtype)
+            for total, grad in zip(grad_kernels, grad_sums, strict=True)
         ),
         tuple(
-            slope + jnp.sum(each, axis=0, dtype=dtype)
-            for slope, each in zip(by_biases, by_sums, strict=False)
+            total + jnp.sum(grad, axis=0, dtype=dtype)
+            for total, grad in zip(grad_biases, grad_sums, strict=False)
         ),
     )
 
@@ -297,45 +277,60 @@ def _take(rows: Tensor, indices: Tensor) -> Tensor:
     return rows.at[indices].get(mode="promise_in_bounds")
 
 
-def _over_experts(step: Callable[..., Any], ends: Tensor, weights: Any, carry: Any) -> Any:
-    """Folds over the experts that have rows; the weights of each are copied once, not per block."""
+def _over_blocks(
+    block: Callable[..., tuple[Any, Any]],
+    sizes: tuple[int, ...],
+    ends: Tensor,
+    layers: Any,
+    state: Any,
+    totals: Any,
+    dtype: Any,
+) -> tuple[Any, Any]:
+    """Folds over blocks of rows, expert by expert: large blocks while they pay, then smaller ones.
+
+    Args:
+        block: `(size, expert, at, end, state, sums) -> (state, sums)`; `expert` holds the layers of
+            one, which are copied once and not per block.
+        sizes: rows per block, the largest first.
+        ends: `(E,)`, where each expert's rows end.
+        layers: the layers of all experts.
+        state: what blocks read and write.
+        totals: a tree of `(E, ...)`, what blocks add up for each expert.
+        dtype: what they are added up in.
+
+    Returns:
+        The last state, and the totals.
+    """
     starts = jnp.concatenate([jnp.zeros_like(ends[:1]), ends[:-1]])
     has_rows = ends > starts
     busy = jnp.argsort(jnp.logical_not(has_rows), stable=True)  # those with rows first, in order
 
-    def body(place: Tensor, carry: Any) -> Any:
+    def one_expert(place: Tensor, carry: Any) -> Any:
+        state, totals = carry
         index = busy[place]
-        expert = jax.tree.map(
-            lambda all_: lax.dynamic_index_in_dim(all_, index, 0, keepdims=False), weights
-        )
-        return step(expert, index, starts[index], ends[index], carry)
+        end = ends[index]
+        take = partial(lax.dynamic_index_in_dim, index=index, axis=0, keepdims=False)
+        expert = jax.tree.map(take, layers)
+        sums = jax.tree.map(lambda total: jnp.zeros(total.shape[1:], dtype), totals)
+        loop = (starts[index], state, sums)
+        for size in sizes:
+            # A larger block is worth it if smaller ones would compute as many rows.
+            least = 1 if size == sizes[-1] else size - sizes[-1] + 1
 
-    return lax.fori_loop(0, jnp.sum(has_rows), body, carry)
+            def has_enough(loop: Any, least: int = least) -> Tensor:
+                return end - loop[0] >= least
 
+            def next_block(loop: Any, size: int = size) -> Any:
+                at, state, sums = loop
+                return (at + size, *block(size, expert, at, end, state, sums))
 
-def _over_blocks(
-    block: Callable[..., Any],
-    sizes: tuple[int, ...],
-    expert: Any,
-    start: Tensor,
-    end: Tensor,
-    carry: Any,
-) -> Any:
-    """Folds over one expert's rows: large blocks while there is enough for them, then smaller."""
-    state = (start, carry)
-    for size in sizes:
-        # A larger block is worth it if smaller ones would compute as many rows.
-        least = 1 if size == sizes[-1] else size - sizes[-1] + 1
+            loop = lax.while_loop(has_enough, next_block, loop)
+        _, state, sums = loop
+        sums = jax.tree.map(lambda total, new: new.astype(total.dtype), totals, sums)
+        write = partial(lax.dynamic_update_index_in_dim, index=index, axis=0)
+        return state, jax.tree.map(write, totals, sums)
 
-        def has_enough(state: Any, least: int = least) -> Tensor:
-            return end - state[0] >= least
-
-        def take(state: Any, size: int = size) -> Any:
-            at, carry = state
-            return at + size, block(size, expert, at, end, carry)
-
-        state = lax.while_loop(has_enough, take, state)
-    return state[1]
+    return lax.fori_loop(0, jnp.sum(has_rows), one_expert, (state, totals))
 
 
 def _linear(rows: Tensor, kernels: Any, biases: Any) -> tuple[Tensor, ...]:
@@ -356,9 +351,8 @@ def _read(rows: Tensor, at: Tensor, size: int) -> Tensor:
 
 def _write(rows: Any, block: Any, at: Tensor) -> Any:
     """Writes a block of rows; trees of them go leaf by leaf, and None stays None."""
-    return jax.tree.map(
-        lambda all_, new: lax.dynamic_update_slice_in_dim(all_, new, at, 0), rows, block
-    )
+    write = partial(lax.dynamic_update_slice_in_dim, start_index=at, axis=0)
+    return jax.tree.map(write, rows, block)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -372,7 +366,6 @@ def with_gradient(
 
     `keras.ops.custom_gradient` would close over `fixed`, which leaks out of `jax.checkpoint`.
     """
-    del gradient
     return function(*inputs, *fixed)
 
 
@@ -385,7 +378,6 @@ def _with_gradient_forward(
 def _with_gradient_backward(
     function: Any, gradient: Any, residuals: Any, upstream: Tensor
 ) -> tuple[Any, None]:
-    del function
     inputs, fixed = residuals
     return gradient(upstream, *inputs, *fixed), None
 
@@ -400,7 +392,6 @@ def grouped_matmul(rows: Tensor, kernel: Tensor, ends: Tensor) -> Tensor:
 
 def is_on_cpu(tensor: Tensor) -> bool:
     """Whether what is computed from a tensor, traced or not, is computed on a CPU."""
-    del tensor
     return jax.default_backend() == "cpu"
 
 

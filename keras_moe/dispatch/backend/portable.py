@@ -6,16 +6,15 @@ from typing import Any
 from keras import ops
 
 from keras_moe.core.numerics import edges_of
-from keras_moe.core.types import Tensor
+from keras_moe.core.types import Size, Tensor
 from keras_moe.dispatch.layout import Rows, Stage, entries_at, wide_dtype
 
 WALKS = False  # whether `walk` is faster than padded blocks
 HAS_GROUPED_MATMUL = False  # whether `grouped_matmul` is the platform's own
 
 
-def row_padding(total: int | Tensor, num_experts: int) -> int:
+def row_padding(total: Size, num_experts: int) -> int:
     """Rows that `walk` needs behind the last one."""
-    del total, num_experts
     return 0
 
 
@@ -85,13 +84,11 @@ def may_have_grouped_matmul() -> bool:
 
 def is_on_cpu(tensor: Tensor) -> bool:
     """Whether what is computed from a tensor, traced or not, is computed on a CPU."""
-    del tensor
     return False
 
 
 def reach(outputs: Tensor, variables: Sequence[Tensor]) -> Tensor:
     """The outputs, by which each variable has a gradient, 0 where it took no part in them."""
-    del variables
     return outputs
 
 
@@ -100,7 +97,7 @@ def is_traced_for_export() -> bool:
     return False
 
 
-def sort_for_export(bin_of: Tensor, num_bins: int | Tensor) -> tuple[Tensor, Tensor]:
+def sort_for_export(bin_of: Tensor, num_bins: Size) -> tuple[Tensor, Tensor]:
     """The order that sorts assignments by bin, and the bins' edges, as export formats take it."""
     order = ops.cast(ops.argsort(bin_of), "int32")
     return order, edges_of(entries_at(bin_of, order), num_bins)

@@ -24,7 +24,6 @@ Bounds: TypeAlias = list[tuple[int, int]]  # where each expert's rows begin and 
 
 def row_padding(total: int, num_experts: int) -> int:
     """Rows that must follow the last one: none."""
-    del total, num_experts
     return 0
 
 
@@ -128,33 +127,39 @@ class _GroupedLinear(torch.autograd.Function):
         needs_inputs, needs_weights = ctx.needs_input_grad[0], any(ctx.needs_input_grad[3:])
         upstream = tuple(each.contiguous() for each in upstream)
         total = upstream[0].shape[0]
-        by_inputs = None
+        grad_inputs = None
         weights = (*kernels, *biases)
-        by_weights = [_zeros_where_idle(each, ctx.bounds) for each in weights if needs_weights]
-        by_kernels, by_biases = by_weights[: ctx.count], by_weights[ctx.count :]
+        grad_weights = [_zeros_where_idle(each, ctx.bounds) for each in weights if needs_weights]
+        grad_kernels, grad_biases = grad_weights[: ctx.count], grad_weights[ctx.count :]
         if needs_inputs:
-            by_rows = _empty_with_zero_tail(inputs, total, inputs.shape[1], ctx.bounds)
+            grad_rows = _empty_with_zero_tail(inputs, total, inputs.shape[1], ctx.bounds)
         for expert, start, end in _busy(ctx.bounds):
             parts = [each[start:end] for each in upstream]
             if needs_inputs:
                 for index, (part, kernel) in enumerate(zip(parts, kernels, strict=True)):
                     # With beta 0, what stands there is ignored, even NaN.
-                    by_rows[start:end].addmm_(part, kernel[expert].T, beta=min(index, 1))
+                    grad_rows[start:end].addmm_(part, kernel[expert].T, beta=min(index, 1))
             if needs_weights:
                 rows = _rows(inputs, slots, start, end)
-                for part, by_kernel in zip(parts, by_kernels, strict=True):
-                    torch.mm(rows.T, part, out=by_kernel[expert])
-                for part, by_bias in zip(parts, by_biases, strict=False):
-                    torch.sum(part, dim=0, out=by_bias[expert])
+                for part, grad_kernel in zip(parts, grad_kernels, strict=True):
+                    torch.mm(rows.T, part, out=grad_kernel[expert])
+                for part, grad_bias in zip(parts, grad_biases, strict=False):
+                    torch.sum(part, dim=0, out=grad_bias[expert])
         if needs_inputs:
-            by_inputs = _sums(by_rows, slots[1]) if slots else by_rows
-        return by_inputs, None, None, *[None] * len(slots), *(by_weights or [None] * len(weights))
+            grad_inputs = _sums(grad_rows, slots[1]) if slots else grad_rows
+        return (
+            grad_inputs,
+            None,
+            None,
+            *[None] * len(slots),
+            *(grad_weights or [None] * len(weights)),
+        )
 
 
 class _LinearCombine(torch.autograd.Function):
     """A last layer that is linear, and each token's weighted sum over its slots.
 
-    Its outputs are not kept: the slope of a weight is
+    Its outputs are not kept: the gradient of a weight is
     <h W + b, upstream> = <h, upstream W^T> + <b, upstream>, and the first factor is needed anyway.
     """
 
@@ -183,25 +188,25 @@ class _LinearCombine(torch.autograd.Function):
         hidden, kernel, bias, weights, assignment, token_of, slot_of = ctx.saved_tensors
         wide = torch.promote_types(hidden.dtype, torch.float32)
         weight_of = _by_slot(weights, assignment)
-        by_hidden = _empty_with_zero_tail(hidden, hidden.shape[0], hidden.shape[1], ctx.bounds)
-        by_kernel = _zeros_where_idle(kernel, ctx.bounds)
-        by_bias = None if bias is None else _zeros_where_idle(bias, ctx.bounds)
+        grad_hidden = _empty_with_zero_tail(hidden, hidden.shape[0], hidden.shape[1], ctx.bounds)
+        grad_kernel = _zeros_where_idle(kernel, ctx.bounds)
+        grad_bias = None if bias is None else _zeros_where_idle(bias, ctx.bounds)
         # 0 in nobody's slots, whatever the token that fills them has.
-        slope = hidden.new_zeros(hidden.shape[0], dtype=wide)
+        grad_weight = hidden.new_zeros(hidden.shape[0], dtype=wide)
         for expert, start, end in _busy(ctx.bounds):
-            rows, by_rows = hidden[start:end], by_hidden[start:end]
-            by_outputs = upstream.index_select(0, token_of[start:end])
-            torch.mm(by_outputs, kernel[expert].T, out=by_rows)
-            slope[start:end] = torch.linalg.vecdot(rows.to(wide), by_rows.to(wide))
+            rows, grad_rows = hidden[start:end], grad_hidden[start:end]
+            grad_outputs = upstream.index_select(0, token_of[start:end])
+            torch.mm(grad_outputs, kernel[expert].T, out=grad_rows)
+            grad_weight[start:end] = torch.linalg.vecdot(rows.to(wide), grad_rows.to(wide))
             if bias is not None:
-                slope[start:end] += by_outputs.to(wide) @ bias[expert].to(wide)
-            by_rows.mul_(weight_of[start:end])
-            by_outputs.mul_(weight_of[start:end])
-            torch.mm(rows.T, by_outputs, out=by_kernel[expert])
-            if by_bias is not None:
-                torch.sum(by_outputs, dim=0, out=by_bias[expert])
-        by_weights = slope[slot_of].t().to(weights.dtype)
-        return by_hidden, by_kernel, by_bias, by_weights, None, None, None, None
+                grad_weight[start:end] += grad_outputs.to(wide) @ bias[expert].to(wide)
+            grad_rows.mul_(weight_of[start:end])
+            grad_outputs.mul_(weight_of[start:end])
+            torch.mm(rows.T, grad_outputs, out=grad_kernel[expert])
+            if grad_bias is not None:
+                torch.sum(grad_outputs, dim=0, out=grad_bias[expert])
+        grad_weights = grad_weight[slot_of].t().to(weights.dtype)
+        return grad_hidden, grad_kernel, grad_bias, grad_weights, None, None, None, None
 
 
 class _Combine(torch.autograd.Function):
@@ -225,11 +230,11 @@ class _Combine(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         outputs, weights, assignment, token_of, slot_of = ctx.saved_tensors
         wide = torch.promote_types(outputs.dtype, torch.float32)
-        by_slot = upstream.index_select(0, token_of)
-        slope = torch.linalg.vecdot(outputs.to(wide), by_slot.to(wide))
-        slope[ctx.used :] = 0  # nobody's slots, whatever the token that fills them has
-        by_outputs = by_slot.mul_(_by_slot(weights, assignment))
-        return by_outputs, slope[slot_of].t().to(weights.dtype), None, None, None, None
+        upstream_of = upstream.index_select(0, token_of)
+        grad_weight = torch.linalg.vecdot(outputs.to(wide), upstream_of.to(wide))
+        grad_weight[ctx.used :] = 0  # nobody's slots, whatever the token that fills them has
+        grad_outputs = upstream_of.mul_(_by_slot(weights, assignment))
+        return grad_outputs, grad_weight[slot_of].t().to(weights.dtype), None, None, None, None
 
 
 def _sorted_out(
@@ -288,11 +293,11 @@ def _busy(bounds: Bounds) -> Iterator[tuple[int, int, int]]:
 
 def _zeros_where_idle(weights: Tensor, bounds: Bounds) -> Tensor:
     """Room for the gradient of a bank's weights, 0 for the experts that have no rows."""
-    slopes = torch.empty_like(weights)
+    gradient = torch.empty_like(weights)
     for expert, (start, end) in enumerate(bounds):
         if start == end:
-            slopes[expert] = 0
-    return slopes
+            gradient[expert] = 0
+    return gradient
 
 
 def _empty_with_zero_tail(like: Tensor, total: int, width: int, bounds: Bounds) -> Tensor:

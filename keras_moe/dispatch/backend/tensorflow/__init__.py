@@ -16,7 +16,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_moe.core.types import Tensor
+from keras_moe.core.types import Size, Tensor
 from keras_moe.dispatch.backend.portable import (  # noqa: F401
     HAS_GROUPED_MATMUL,
     eagerly,
@@ -36,7 +36,7 @@ from keras_moe.dispatch.layout import Rows, Stage
 WALKS = True
 
 
-def row_padding(total: int | Tensor, num_experts: int) -> int:
+def row_padding(total: Size, num_experts: int) -> int:
     """Rows that must follow the last one, so that no block reaches past the array."""
     return blocks.block_sizes(total, num_experts)[0] if _is_under_xla() else 0
 
@@ -79,13 +79,13 @@ def walk(tokens: Tensor, rows: Rows, stages: Sequence[Stage]) -> Tensor:
         result, sums = kind.forward(static, tokens, route, packed)
 
         def gradient(cotangent: Tensor) -> list[Tensor]:
-            by_tokens, by_weights, by_experts = kind.backward(
+            grad_tokens, grad_weights, grad_experts = kind.backward(
                 static, tokens, route, packed, sums, cotangent
             )
             return [
-                tf.cast(by_tokens, tokens.dtype),
-                tf.cast(by_weights, weights.dtype),
-                *tf.nest.flatten(by_experts),
+                tf.cast(grad_tokens, tokens.dtype),
+                tf.cast(grad_weights, weights.dtype),
+                *tf.nest.flatten(grad_experts),
             ]
 
         return tf.cast(result, tokens.dtype), gradient
@@ -97,7 +97,6 @@ def walk(tokens: Tensor, rows: Rows, stages: Sequence[Stage]) -> Tensor:
 
 def is_on_cpu(tensor: Tensor) -> bool:
     """Whether what is computed from a tensor, traced or not, is computed on a CPU."""
-    del tensor
     return not any(tf.config.list_physical_devices(kind) for kind in ("GPU", "TPU"))
 
 

@@ -15,7 +15,7 @@ import tensorflow as tf
 from keras import ops
 from tensorflow.compiler.tf2xla.python import xla
 
-from keras_moe.core.types import Tensor
+from keras_moe.core.types import Size, Tensor
 from keras_moe.dispatch.backend.tensorflow.stages import (
     Experts,
     Route,
@@ -32,7 +32,7 @@ from keras_moe.dispatch.backend.tensorflow.stages import (
 from keras_moe.dispatch.layout import rows_by_choice, slots_by_choice
 
 
-def block_sizes(total: int | Tensor | None, num_experts: int) -> tuple[int, ...]:
+def block_sizes(total: Size | None, num_experts: int) -> tuple[int, ...]:
     """Rows per block: large ones use the processor well, small ones waste less on an expert's rest.
 
     Args:
@@ -73,7 +73,7 @@ def backward(
     cotangent: Tensor,
 ) -> tuple[Tensor, Tensor, Experts]:
     """The gradients of the tokens, of the assignments' weights, and of the experts."""
-    by_slot, slope, by_experts = apply_backward(
+    grad_slot, grad_weight, grad_experts = apply_backward(
         static,
         experts,
         Rows(tokens, route.token_of),
@@ -82,8 +82,8 @@ def backward(
         route.weight_of,
         partial(_linear_backward, static.block_sizes, route.ends),
     )
-    by_weights = tf.concat(_by_choice(slope, route), axis=-1)
-    return sum(_by_choice(by_slot, route)), by_weights, by_experts
+    grad_weights = tf.concat(_by_choice(grad_weight, route), axis=-1)
+    return sum(_by_choice(grad_slot, route)), grad_weights, grad_experts
 
 
 def _by_choice(rows: Tensor, route: Route) -> list[Tensor]:
@@ -98,13 +98,11 @@ def _linear(
     sizes: tuple[int, ...], ends: Tensor, rows: Tensor | Rows, kernels: Any, biases: Any
 ) -> Any:
     def block(size: int, expert: Any, at: Tensor, end: Tensor, sums: Any) -> Any:
-        del end
         return tf.nest.map_structure(
             partial(_write, at), sums, linear(_read(at, size, rows), *expert)
         )
 
     def over_blocks(expert: Any, index: Tensor, start: Tensor, end: Tensor, sums: Any) -> Any:
-        del index
         return _over_blocks(block, sizes, expert, start, end, sums)
 
     sums = tuple(_zeros(each.shape[-1], ends, rows) for each in kernels)
@@ -115,7 +113,7 @@ def _linear_backward(
     sizes: tuple[int, ...],
     ends: Tensor,
     rows: Tensor | Rows,
-    by_sums: Any,
+    grad_sums: Any,
     kernels: Any,
     biases: Any,
     weight: Tensor | None,
@@ -128,38 +126,38 @@ def _linear_backward(
         def own(all_: Tensor | Rows) -> Tensor:  # 0 times a NaN of the next expert's would be NaN
             return tf.where(is_own, _read(at, size, all_), tf.zeros([], all_.dtype))
 
-        by_rows, slopes, by_weights = carry
+        grad_rows, grad_weight_of, grad_weights = carry
         own_kernels, own_biases = expert
-        by_row, *new, slope = linear_backward(
+        grad_row, *new, grad_weight = linear_backward(
             own(rows),
-            [own(each) for each in by_sums],
+            [own(each) for each in grad_sums],
             own_kernels,
             own_biases,
             None if weight is None else own(weight),
         )
-        if slope is not None:
-            slopes = _write(at, slopes, slope)
-        by_weights = tf.nest.map_structure(tf.add, by_weights, tuple(new))
-        return _write(at, by_rows, by_row), slopes, by_weights
+        if grad_weight is not None:
+            grad_weight_of = _write(at, grad_weight_of, grad_weight)
+        grad_weights = tf.nest.map_structure(tf.add, grad_weights, tuple(new))
+        return _write(at, grad_rows, grad_row), grad_weight_of, grad_weights
 
     def over_blocks(expert: Any, index: Tensor, start: Tensor, end: Tensor, carry: Any) -> Any:
-        *by_slot, by_weights = carry
+        *grad_slot, grad_weights = carry
         zeros = tf.nest.map_structure(
             lambda all_: tf.zeros(all_.shape[1:], wide(all_.dtype)), weights
         )
-        *by_slot, new = _over_blocks(block, sizes, expert, start, end, (*by_slot, zeros))
-        return *by_slot, tf.nest.map_structure(
-            lambda all_, new: _write(index, all_, tf.cast(new, all_.dtype)[None]), by_weights, new
+        *grad_slot, new = _over_blocks(block, sizes, expert, start, end, (*grad_slot, zeros))
+        return *grad_slot, tf.nest.map_structure(
+            lambda all_, new: _write(index, all_, tf.cast(new, all_.dtype)[None]), grad_weights, new
         )
 
-    slopes = () if weight is None else tf.zeros_like(weight, wide(rows.dtype))
+    grad_weight_of = () if weight is None else tf.zeros_like(weight, wide(rows.dtype))
     carry = (
-        _zeros(rows.shape[-1], ends, by_sums[0]),
-        slopes,
+        _zeros(rows.shape[-1], ends, grad_sums[0]),
+        grad_weight_of,
         tf.nest.map_structure(tf.zeros_like, weights),
     )
-    by_rows, slopes, by_weights = _over_experts(over_blocks, ends, weights, carry)
-    return by_rows, *by_weights, None if weight is None else slopes
+    grad_rows, grad_weight_of, grad_weights = _over_experts(over_blocks, ends, weights, carry)
+    return grad_rows, *grad_weights, None if weight is None else grad_weight_of
 
 
 def _over_experts(step: Callable[..., Any], ends: Tensor, weights: Any, carry: Any) -> Any:
@@ -194,7 +192,6 @@ def _over_blocks(
         least = 1 if size == sizes[-1] else size - sizes[-1] + 1
 
         def has_enough(at: Tensor, carry: Any, least: int = least) -> Tensor:
-            del carry
             return end - at >= least
 
         def take(at: Tensor, carry: Any, size: int = size) -> Any:

@@ -65,7 +65,7 @@ def backward(
     def body(index: Tensor, carry: Any) -> Any:
         own = slice(starts[index], route.ends[index])
         before = tf.nest.map_structure(lambda all_: all_[own], sums)
-        by_row, slope, by_expert = apply_backward(
+        grad_row, grad_weight, grad_expert = apply_backward(
             static,
             _expert(experts, index, own),
             rows[own],
@@ -75,9 +75,9 @@ def backward(
             linear_backward,
         )
         weights = tf.nest.map_structure(
-            lambda all_, new: tf.cast(new, all_.dtype), experts[:2], by_expert[:2]
+            lambda all_, new: tf.cast(new, all_.dtype), experts[:2], grad_expert[:2]
         )
-        new = (by_row, slope, weights, by_expert.scales)
+        new = (grad_row, grad_weight, weights, grad_expert.scales)
         return tf.nest.map_structure(partial(_put, index), carry, new)
 
     carry = (
@@ -91,13 +91,13 @@ def backward(
             lambda all_: _pieces(all_.dtype, num_experts, all_.shape[-1]), experts.scales
         ),
     )
-    by_row, slope, weights, scales = over_indices(num_experts, body, carry)
+    grad_row, grad_weight, weights, scales = over_indices(num_experts, body, carry)
     kernels, biases = tf.nest.map_structure(lambda each: each.stack(), weights)
-    by_row, slope, scales = tf.nest.map_structure(
-        lambda each: _joined(each, route), (by_row, slope, scales)
+    grad_row, grad_weight, scales = tf.nest.map_structure(
+        lambda each: _joined(each, route), (grad_row, grad_weight, scales)
     )
-    by_weights = tf.gather(slope[:, 0], tf.transpose(_slot_of(route)))
-    return _summed(by_row, route), by_weights, Experts(kernels, biases, scales)
+    grad_weights = tf.gather(grad_weight[:, 0], tf.transpose(_slot_of(route)))
+    return _summed(grad_row, route), grad_weights, Experts(kernels, biases, scales)
 
 
 def _slot_of(route: Route) -> Tensor:

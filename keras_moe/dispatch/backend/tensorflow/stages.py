@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from keras_moe.core.types import Tensor
+from keras_moe.core.types import Size, Tensor
 from keras_moe.dispatch.layout import Slots
 
 
@@ -127,8 +127,8 @@ def apply_backward(
         sums: what `apply` gave to remember.
         upstream: the cotangent of each row's weighted output.
         weight_of: `(rows, 1)`, the weight of each.
-        linear_backward: `linear_backward(rows, by_sums, kernels, biases, weight_of)`, the gradients
-            of one layer, and the slopes of the weights if there are any.
+        linear_backward: `linear_backward(rows, grad_sums, kernels, biases, weight_of)`, the
+            gradients of one layer, and those of the weights if there are any.
 
     Returns:
         The gradients of the rows, `(rows, d)`, of the weights, `(rows, 1)`, and of the experts.
@@ -138,21 +138,21 @@ def apply_backward(
         hidden, pullback = _with_pullback(partial(_activated, activation), before, scale)
         inputs.append(hidden)
         pullbacks.append(pullback)
-    by_stage, slope, weight = [], None, weight_of
+    grad_stage, grad_weight, weight = [], None, weight_of
     if len(pullbacks) == len(static.activations):
         unweighted = upstream[:]
-        slope = row_sums(inputs.pop() * unweighted)
+        grad_weight = row_sums(inputs.pop() * unweighted)
         upstream, weight = unweighted * tf.cast(weight_of, unweighted.dtype), None
     for index in reversed(range(len(static.activations))):
-        by_sums, by_scale = (upstream,), ()
+        grad_sums, grad_scale = (upstream,), ()
         if index < len(pullbacks):
-            by_sums, by_scale = pullbacks[index](upstream)
-        upstream, by_kernels, by_biases, new_slope = linear_backward(
-            inputs[index], by_sums, experts.kernels[index], experts.biases[index], weight
+            grad_sums, grad_scale = pullbacks[index](upstream)
+        upstream, grad_kernels, grad_biases, new_grad_weight = linear_backward(
+            inputs[index], grad_sums, experts.kernels[index], experts.biases[index], weight
         )
-        slope, weight = new_slope if slope is None else slope, None
-        by_stage.append((by_kernels, by_biases, by_scale))
-    return upstream, slope, Experts(*zip(*reversed(by_stage), strict=True))
+        grad_weight, weight = new_grad_weight if grad_weight is None else grad_weight, None
+        grad_stage.append((grad_kernels, grad_biases, grad_scale))
+    return upstream, grad_weight, Experts(*zip(*reversed(grad_stage), strict=True))
 
 
 def linear(rows: Tensor, kernels: Any, biases: Any) -> tuple[Tensor, ...]:
@@ -164,30 +164,30 @@ def linear(rows: Tensor, kernels: Any, biases: Any) -> tuple[Tensor, ...]:
 
 
 def linear_backward(
-    rows: Tensor, by_sums: Any, kernels: Any, biases: Any, weight: Tensor | None
+    rows: Tensor, grad_sums: Any, kernels: Any, biases: Any, weight: Tensor | None
 ) -> tuple[Any, Any, Any, Any]:
     """The gradients of `linear`, whose sums are then multiplied by `weight (rows, 1)` if given.
 
-    Those of kernels, biases and weight are float32 at least. The slope of a weight is
+    Those of kernels, biases and weight are float32 at least. The gradient of a weight is
     <h W + b, upstream> = <h, upstream W^T> + <b, upstream>: the layer's outputs are not needed.
     """
-    slope = None
-    by_rows = [
+    grad_weight = None
+    grad_rows = [
         tf.matmul(each, kernel, transpose_b=True)
-        for each, kernel in zip(by_sums, kernels, strict=True)
+        for each, kernel in zip(grad_sums, kernels, strict=True)
     ]
-    by_rows = sum(by_rows[1:], start=by_rows[0])
+    grad_rows = sum(grad_rows[1:], start=grad_rows[0])
     if weight is not None:
-        slope = row_sums(rows * by_rows)
-        for each, bias in zip(by_sums, biases, strict=False):
-            slope = slope + row_sums(each * bias)
+        grad_weight = row_sums(rows * grad_rows)
+        for each, bias in zip(grad_sums, biases, strict=False):
+            grad_weight = grad_weight + row_sums(each * bias)
         weight = tf.cast(weight, rows.dtype)
-        by_rows, by_sums = by_rows * weight, [each * weight for each in by_sums]
+        grad_rows, grad_sums = grad_rows * weight, [each * weight for each in grad_sums]
     dtype = wide(rows.dtype)
-    wide_rows, wide_sums = tf.cast(rows, dtype), [tf.cast(each, dtype) for each in by_sums]
-    by_kernels = tuple(tf.matmul(wide_rows, each, transpose_a=True) for each in wide_sums)
-    by_biases = tuple(tf.reduce_sum(each, axis=0) for each in wide_sums[: len(biases)])
-    return by_rows, by_kernels, by_biases, slope
+    wide_rows, wide_sums = tf.cast(rows, dtype), [tf.cast(each, dtype) for each in grad_sums]
+    grad_kernels = tuple(tf.matmul(wide_rows, each, transpose_a=True) for each in wide_sums)
+    grad_biases = tuple(tf.reduce_sum(each, axis=0) for each in wide_sums[: len(biases)])
+    return grad_rows, grad_kernels, grad_biases, grad_weight
 
 
 def row_sums(rows: Tensor) -> Tensor:
@@ -224,7 +224,7 @@ def starts_of(ends: Tensor) -> Tensor:
     return tf.concat([tf.zeros_like(ends[:1]), ends[:-1]], axis=0)
 
 
-def over_indices(count: int | Tensor, body: Callable[..., Any], carry: Any) -> Any:
+def over_indices(count: Size, body: Callable[..., Any], carry: Any) -> Any:
     """Folds `body(index, carry)` over 0 to count - 1."""
     state = (tf.constant(0), carry)
     return tf.while_loop(
