@@ -53,18 +53,18 @@ def record_routing(model: Any) -> Iterator[dict[str, list[Any]]]:
 @contextmanager
 def listening(layer: Any, listener: Callable[[Any], None]) -> Iterator[None]:
     """Hands the record of each call of a mixture layer to a function, as it hands it to others."""
-    before = layer._recorder
+    before = layer.recorder
 
     def both(record: Any) -> None:
         listener(record)
         if before is not None:
             before(record)
 
-    layer._recorder = both
+    layer.recorder = both
     try:
         yield
     finally:
-        layer._recorder = before
+        layer.recorder = before
 
 
 @contextmanager
@@ -96,16 +96,16 @@ def count_routing(model: Any) -> Iterator[dict[str, dict[str, Any]]]:
 @contextmanager
 def _counting(layer: Any) -> Iterator[dict[str, Any]]:
     """Lets a layer count in inference; gives its counts before."""
-    if layer._counts_always:  # for a context around this one, which wants these calls too
+    if layer.counts_always:  # for a context around this one, which wants these calls too
         yield layer.running_counts()
         return
     before = [(each, ops.convert_to_numpy(each).copy()) for each in layer._non_trainable_variables]
-    layer._counts_always = True
+    layer.counts_always = True
     layer.reset_running_counts()  # small sums keep their digits
     try:
         yield layer.running_counts()
     finally:
-        layer._counts_always = False
+        layer.counts_always = False
         for variable, value in before:
             variable.assign(value)
 

@@ -231,7 +231,7 @@ class MMoE(FreezesParts, RematerializesExperts):
         expert_outputs = run(shared)  # (e, n, out)
         gate_inputs = tokens if self.gate_hidden is None else self.gate_hidden(shared)
         routing = self.gates(gate_inputs, training=training)
-        if training or self._counts_always:
+        if training or self.counts_always:
             self._count(routing, token_mask)
         # The sum over experts is taken in float32 at least, (n, t, e) @ (n, e, out).
         wide = keras.backend.result_type(self.compute_dtype, "float32")
@@ -245,12 +245,12 @@ class MMoE(FreezesParts, RematerializesExperts):
         outputs = [
             ops.reshape(mixed[:, task], (*token_axes, units)) for task in range(self.num_tasks)
         ]
-        if not return_routing and self._recorder is None:
+        if not return_routing and self.recorder is None:
             return self._by_task(outputs)
         axes = (*token_axes, self.num_tasks, self.num_experts)
         record = GateRouting(*(ops.reshape(part, axes) for part in routing))
-        if self._recorder is not None:
-            self._recorder(record)
+        if self.recorder is not None:
+            self.recorder(record)
         return (self._by_task(outputs), record) if return_routing else self._by_task(outputs)
 
     def _by_task(self, outputs: list[Tensor]) -> list[Tensor] | dict[str, Tensor]:

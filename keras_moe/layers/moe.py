@@ -344,7 +344,7 @@ class MoE(ExpertFeedForward):
         outputs, kept = self._run_experts(tokens, routing, axes, training)
         asked = kept if self.router.chooses_tokens else routing.asked
         routing = routing._replace(kept=kept, asked=asked)
-        if training or self._counts_always:
+        if training or self.counts_always:
             self._counts.add(decision, routing)
 
         if self.shared_experts is not None:
@@ -354,10 +354,10 @@ class MoE(ExpertFeedForward):
             outputs = zero_where_padded(outputs, mask)
         outputs = ops.cast(outputs, self.compute_dtype)
         outputs = ops.reshape(outputs, (*axes, outputs.shape[-1]))
-        if return_routing or self._recorder is not None:
+        if return_routing or self.recorder is not None:
             record = self._returned_routing(decision, routing, axes)
-            if self._recorder is not None:
-                self._recorder(record)
+            if self.recorder is not None:
+                self.recorder(record)
         return (outputs, record) if return_routing else outputs
 
     def _route(

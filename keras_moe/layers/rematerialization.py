@@ -16,8 +16,8 @@ class RematerializesExperts(keras.layers.Layer):
     """
 
     _recomputes_experts = False
-    _recorder: Callable[[Any], None] | None = None  # see `keras_moe.record_routing`
-    _counts_always = False  # in inference too
+    recorder: Callable[[Any], None] | None = None  # gets every record: `keras_moe.record_routing`
+    counts_always = False  # in inference too
     dropout: float = 0.0
 
     def rematerialized_call(

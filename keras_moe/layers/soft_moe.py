@@ -208,10 +208,10 @@ class SoftMoE(ExpertFeedForward):
         combine = ops.reshape(combine, (batch, sets, readers, num_slots))
         outputs = ops.reshape(ops.matmul(combine, outputs), (batch, count, outputs.shape[-1]))
         outputs = ops.cast(zero_where_padded(outputs, token_mask), self.compute_dtype)
-        if training or self._counts_always:
+        if training or self.counts_always:
             self._counts.add(routing, token_mask, self.router.visible(count, token_mask))
-        if self._recorder is not None:
-            self._recorder(routing)
+        if self.recorder is not None:
+            self.recorder(routing)
         outputs = ops.reshape(outputs, (*token_axes, outputs.shape[-1]))
         return (outputs, routing) if return_routing else outputs
 

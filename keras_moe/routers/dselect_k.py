@@ -9,7 +9,7 @@ from keras import ops
 
 from keras_moe.core import checks
 from keras_moe.core.initializers import FiniteInitializer
-from keras_moe.core.numerics import softmax
+from keras_moe.core.numerics import entropy_of, softmax
 from keras_moe.core.types import Config, InitializerLike, Shape, Tensor
 from keras_moe.routers.base import Decision, LinearRouter
 from keras_moe.routers.losses import masked_sum, token_count
@@ -104,8 +104,7 @@ class DSelectKRouter(LinearRouter):
         weights = ops.sum(shares * ops.expand_dims(importance, -1), axis=1)
         is_used = ops.logical_not(weights <= 0)  # so that a NaN is seen
         logits = ops.log(ops.where(is_used, weights, _TINY))
-        logs = ops.log(ops.where(shares > 0, shares, 1.0))  # 0 log 0 is 0, with gradient 0
-        entropy = -ops.sum(shares * logs, axis=(1, 2))
+        entropy = ops.sum(entropy_of(shares), axis=1)
         unused = ops.sum(1.0 / ops.maximum(ops.sum(shares, axis=-1), 1e-6), axis=-1)
         count = token_count(inputs, mask)
         return Decision(

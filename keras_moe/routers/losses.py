@@ -8,6 +8,7 @@ import math
 
 from keras import ops
 
+from keras_moe.core.numerics import entropy_of
 from keras_moe.core.sizes import as_tensor, at_least
 from keras_moe.core.types import Size, Tensor
 
@@ -149,12 +150,11 @@ def global_entropy_loss(probabilities: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _entropy(probabilities: Tensor) -> Tensor:
-    """Over the last axis, in units of ln E; 0 log 0 is 0, with a finite gradient."""
+    """Over the last axis, in units of ln E."""
     num_experts = probabilities.shape[-1]
     if num_experts == 1:
         return ops.zeros_like(probabilities[..., 0])
-    logs = ops.log(ops.where(probabilities > 0, probabilities, 1.0))
-    return -ops.sum(probabilities * logs, axis=-1) / math.log(num_experts)
+    return entropy_of(probabilities) / math.log(num_experts)
 
 
 def z_loss(logits: Tensor, mask: Tensor | None) -> Tensor:
