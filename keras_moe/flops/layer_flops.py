@@ -1,4 +1,4 @@
-"""FLOPs of one call of a layer, by the layer's class."""
+"""FLOPs of one call of a layer: by a rule for its class, or by what can be seen in the call."""
 
 import functools
 import math
@@ -9,9 +9,38 @@ from typing import Any
 import keras
 
 from keras_moe import layers
-from keras_moe.flops.count_products import count_products
 from keras_moe.flops.trace import check_sizes, traced_flops
 from keras_moe.models.position_embedding import PositionEmbedding
+
+
+def count_products(layer: keras.layers.Layer, *inputs: Any, **arguments: Any) -> int:
+    """Counts what one call multiplies: its products, and its sublayers' by their rules.
+
+    A product is a call of `keras.ops.matmul`, `einsum`, `dot`, `tensordot`, `inner`, `vdot`, of a
+    convolution or of `dot_product_attention`, and counts 2 FLOPs per multiply and add.
+
+    Args:
+        layer: A built layer or model.
+        *inputs: The call's inputs, `keras.KerasTensor` of known shapes.
+        **arguments: The call's other arguments.
+
+    Returns:
+        The FLOPs of the call, for the whole batch.
+
+    Raises:
+        ValueError: where a layer inside has a matrix, no product and no rule, is not built, or
+            multiplies in a loop.
+
+    Example:
+
+    >>> import keras
+    >>> from keras_moe.flops import count_products
+    >>> layer = keras.layers.Dense(5)
+    >>> layer.build((None, 3))
+    >>> count_products(layer, keras.KerasTensor((1, 3)))
+    30
+    """
+    return traced_flops(layer, inputs, arguments, find_rule, trusts_layer=True)
 
 
 @functools.singledispatch

@@ -11,8 +11,7 @@ from keras import ops
 
 from keras_moe import layers, routers
 from keras_moe.flops.active_flops import active_flops
-from keras_moe.flops.count_products import count_products
-from keras_moe.flops.layer_flops import layer_flops
+from keras_moe.flops.layer_flops import count_products, layer_flops
 
 on_jax = pytest.mark.skipif(keras.backend.backend() != "jax", reason="reads jaxprs")
 on_torch = pytest.mark.skipif(keras.backend.backend() != "torch", reason="counts torch's calls")
