@@ -79,7 +79,8 @@ MUTATIONS = (
         LAYERS + "moe.py",
         "if not self.router.trainable:",
         "if False:",
-        ("tests/layers/test_frozen.py",),
+        (CONTRACT,),
+        select="frozen",
     ),
     Mutation(
         "the experts of MMoE end without an activation",
@@ -159,7 +160,7 @@ MUTATIONS = (
     Mutation(
         "a block's gradient takes in the next expert's rows",
         JAX,
-        "        return jnp.where(is_own, rows, 0)",
+        "        return jnp.where(is_row, rows, 0)",
         "        return rows",
         (WALK,),
         "jax",
@@ -209,7 +210,7 @@ MUTATIONS = (
     Mutation(
         "under XLA a block's gradient takes in the next expert's rows",
         TENSORFLOW + "blocks.py",
-        "return tf.where(is_own, _read(at, size, all_), tf.zeros([], all_.dtype))",
+        "return tf.where(is_row, _read(at, size, all_), tf.zeros([], all_.dtype))",
         "return _read(at, size, all_)",
         (WALK,),
         "tensorflow",
@@ -344,6 +345,16 @@ def red_tests(copy: Path, mutation: Mutation) -> list[str]:
     return re.findall(r"^(?:FAILED|ERROR) (\S+)", run.stdout, flags=re.MULTILINE)
 
 
+def is_in_check(mutation: Mutation, red: list[str]) -> bool:
+    """Whether `make check` runs one of the tests that are red."""
+    makefile = (ROOT / "Makefile").read_text().replace("\\\n", " ")
+    if mutation.backend == "tfrs":
+        names = re.search(r"test_tfrs\.py -k \"(.*?)\"", makefile)
+        return any(name in test for test in red for name in names[1].split(" or "))
+    paths = re.search(r"^CHECK_TESTS := (.*)$", makefile, flags=re.MULTILINE)[1].split()
+    return mutation.backend == "torch" and any(test.startswith(tuple(paths)) for test in red)
+
+
 def measure(mutations: tuple[Mutation, ...]) -> dict[str, dict[str, object]]:
     """Breaks, counts, mends, and prints a line for each."""
     found: dict[str, dict[str, object]] = {}
@@ -361,10 +372,15 @@ def measure(mutations: tuple[Mutation, ...]) -> dict[str, dict[str, object]]:
                 "file": mutation.file,
                 "backend": mutation.backend,
                 "red": len(red),
-                "tests": sorted(red)[:20],
+                "in make check": is_in_check(mutation, red),
+                "tests": sorted(red)[:5],
             }
             seconds = time.perf_counter() - began
-            print(f"{len(red):5d} red  {seconds:5.0f} s  {mutation.name}", flush=True)
+            place = "check" if is_in_check(mutation, red) else "test"
+            print(
+                f"{len(red):5d} red by make {place:5s}  {seconds:4.0f} s  {mutation.name}",
+                flush=True,
+            )
     return found
 
 
@@ -378,6 +394,8 @@ def main() -> None:
     if arguments.write:
         stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
         RESULTS.write_text(json.dumps({**stored, **found}, indent=1) + "\n")
+    early = sum(bool(result["in make check"]) for result in found.values())
+    print(f"{early} of {len(found)} by `make check`")
     unseen = [name for name, result in found.items() if not result["red"]]
     if unseen:
         raise SystemExit(f"no test noticed: {unseen}")

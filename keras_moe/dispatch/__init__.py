@@ -1,4 +1,4 @@
-"""Who carries: moving tokens to their experts and back."""
+"""Dispatchers: moving tokens to their experts and back."""
 
 from keras_moe.dispatch.choose import DispatchPlan
 from keras_moe.dispatch.dense import DenseDispatcher

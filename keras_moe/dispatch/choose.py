@@ -1,4 +1,4 @@
-"""Which dispatcher a call takes, and why: one decision, for the call and for `dispatch_plan`."""
+"""Choice of a dispatcher: one decision, for a call and for `dispatch_plan`."""
 
 import functools
 from typing import Any, NamedTuple
@@ -48,7 +48,7 @@ _WALK_AT_CAPACITY = "a capacity is set: each expert walks over the rows it keeps
 
 
 class DispatchPlan(NamedTuple):
-    """How a layer would carry a number of tokens.
+    """Plan of how a layer would run a number of tokens.
 
     Attributes:
         dispatcher: the dispatcher's name.
@@ -64,7 +64,7 @@ class DispatchPlan(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """What a choice depends on.
+    """Sizes that a choice depends on.
 
     Attributes:
         tokens: the tokens N of the call; a tensor or None where unknown.

@@ -1,4 +1,4 @@
-"""What a dispatcher is predicted to cost, in rows that the experts compute in the same time."""
+"""Predicted costs of dispatchers, in rows that the experts compute in the same time."""
 
 from typing import NamedTuple
 
@@ -44,7 +44,7 @@ _TILE = 64  # rows per tile of a grouped matmul kernel; half of one is wasted pe
 
 
 def least_cost(num_tokens: int, num_experts: int, top_k: int) -> float:
-    """What any dispatcher must do: k N rows, and reading the weights of the experts in use once."""
+    """Least cost of any dispatcher: k N rows, and one reading of the experts in use."""
     read = _PLATFORMS.get(keras.backend.backend(), _PORTABLE).read
     return num_tokens * top_k + read * _expected_busy(num_tokens, num_experts, top_k)
 

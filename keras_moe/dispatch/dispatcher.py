@@ -13,7 +13,7 @@ from keras_moe.dispatch.plan import sort_into_bins
 
 
 class ExpertBank(Protocol):
-    """What a dispatcher needs of experts: `(E, C, d) -> (E, C, out)`, or blocks of one expert each.
+    """Bank of experts, as dispatchers call it: `(E, C, d) -> (E, C, out)`, or blocks of one each.
 
     Attributes:
         num_experts: the number of experts E.
@@ -27,7 +27,7 @@ class ExpertBank(Protocol):
     takes_dynamic_blocks: bool
 
     def count_params(self) -> int:
-        """How many weights all experts have together, as Keras layers tell."""
+        """Number of weights of all experts together, as Keras layers tell."""
 
     def __call__(
         self,
@@ -50,7 +50,7 @@ class ExpertBank(Protocol):
 
 
 class Placement(Protocol):
-    """Where a dispatcher puts the assignments: integers, and nothing that has a gradient.
+    """Places of the assignments: integers, and nothing that has a gradient.
 
     Attributes:
         kept: bool `(N, k)`, False for padding and for what was dropped.

@@ -93,7 +93,7 @@ def _choose(
 
 
 def _as_mask(source: Tensor, is_filled: Tensor, count: Size) -> Tensor:
-    """Which experts chose a token, bool `(N, E)`."""
+    """Mask of the experts that chose a token, bool `(N, E)`."""
     num_experts = source.shape[0]
     place = source + ops.expand_dims(ops.arange(num_experts, dtype="int32") * count, -1)
     times = ops.segment_sum(

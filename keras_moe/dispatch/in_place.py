@@ -1,4 +1,4 @@
-"""What dispatchers share that sort nothing: assignments stay where they stand."""
+"""Base of dispatchers that sort nothing: assignments stay where they stand."""
 
 from typing import NamedTuple
 

@@ -131,7 +131,7 @@ def block_slots(bins: Bins, num_blocks: Size, block_size: Size) -> tuple[Slots, 
 
 
 def _first_above(ends: Tensor, numbers: Tensor) -> Tensor:
-    """For each number, how many of the ascending `ends` it is not below, int32."""
+    """Count of the ascending `ends` that each number is not below, int32."""
     if is_exporting() or is_symbolic(ops.shape(numbers)[0]):  # see `edges_of`
         is_past = ops.expand_dims(ends, 0) <= ops.expand_dims(numbers, -1)
         return ops.sum(ops.cast(is_past, "int32"), axis=-1)

@@ -1,4 +1,4 @@
-"""Each expert walks over exactly its own rows."""
+"""The walk: each expert on exactly its own rows."""
 
 from typing import NamedTuple
 

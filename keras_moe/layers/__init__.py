@@ -1,4 +1,4 @@
-"""What a user puts in a model."""
+"""Layers for models."""
 
 from keras_moe.layers.expert_mlp import ExpertMLP
 from keras_moe.layers.layer_experts import LayerExperts

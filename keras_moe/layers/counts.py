@@ -1,4 +1,4 @@
-"""What layers count in training, exactly over a whole epoch, as weights without gradients."""
+"""Counters of layers, exact over a whole epoch: weights without gradients."""
 
 from typing import Any
 
@@ -47,7 +47,7 @@ class RunningSums:
         )
 
     def add(self, values: Tensor) -> None:
-        """Adds; what is not finite counts as 0, so that one bad batch does not end the counting."""
+        """Adds values, 0 for what is not finite, so that a bad batch does not end the counting."""
         values = ops.stop_gradient(ops.cast(values, "float32"))
         values = ops.where(ops.isfinite(values), values, ops.zeros_like(values))
         low = self._limbs[1] + values
@@ -170,7 +170,7 @@ class SoftCounts:
 def _dispatch_range(dispatch: Tensor, mask: Tensor | None, visible: Tensor | None) -> list[Tensor]:
     """Sequences, and the sums over them of the smallest and largest weight of a token.
 
-    A token's weight is that in all slots, 1 for the mean token. Of a causal layer a sequence is
+    A token's weight is that in all slots, 1 for the mean token. In a causal layer a sequence is
     what one real token sees.
     """
     num_slots, is_causal = dispatch.shape[-1] * dispatch.shape[-2], len(dispatch.shape) == 5

@@ -1,4 +1,4 @@
-"""What `MoE` and `SoftMoE` share: a bank of feed-forward experts and its arguments."""
+"""Base of `MoE` and `SoftMoE`: a bank of feed-forward experts and its arguments."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -86,7 +86,7 @@ class ExpertFeedForward(FreezesParts, RematerializesExperts):
         self.supports_masking = True
 
         self._experts_name = experts if isinstance(experts, str) else None
-        self.experts: Any = self._given_experts(experts)
+        self.experts: Any = self._experts_from(experts)
         if self.experts is None and self.hidden_dim is None:
             checks.fail(
                 "`hidden_dim` must be a positive integer where the layer builds the experts.",
@@ -102,8 +102,8 @@ class ExpertFeedForward(FreezesParts, RematerializesExperts):
 
     def _refuse_descriptions(self) -> None:
         """Fails where an argument describes experts that the layer does not make."""
-        given = {name: getattr(self, name) for name in ("hidden_dim", *_DESCRIPTIONS)}
-        for name, value in given.items():
+        arguments = {name: getattr(self, name) for name in ("hidden_dim", *_DESCRIPTIONS)}
+        for name, value in arguments.items():
             default = _DESCRIPTIONS.get(name, _same)(_default_of(type(self), name))
             if _comparable(value) != _comparable(default):
                 checks.fail(
@@ -111,7 +111,7 @@ class ExpertFeedForward(FreezesParts, RematerializesExperts):
                     **{name: value},
                 )
 
-    def _given_experts(self, experts: Any) -> Any:
+    def _experts_from(self, experts: Any) -> Any:
         """The bank where experts are objects; named ones are made by `_make_experts`, None here."""
         if isinstance(experts, str):
             checks.one_of("experts", experts, _NAMED_EXPERTS)
@@ -223,9 +223,9 @@ _DESCRIPTIONS: dict[str, Callable[[Any], Any]] = {
 def _default_of(layer: type, argument: str) -> Any:
     """The default of a constructor's argument, which a subclass may hand on in `**kwargs`."""
     for base in layer.__mro__:
-        found = inspect.signature(base).parameters.get(argument)
-        if found is not None and found.default is not inspect.Parameter.empty:
-            return found.default
+        parameter = inspect.signature(base).parameters.get(argument)
+        if parameter is not None and parameter.default is not inspect.Parameter.empty:
+            return parameter.default
     return None
 
 

@@ -1,4 +1,4 @@
-"""Any Keras layer as an expert."""
+"""Keras layers as experts."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

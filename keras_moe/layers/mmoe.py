@@ -276,7 +276,7 @@ class MMoE(FreezesParts, RematerializesExperts):
         self._decisions.add(ops.sum(ops.cast(is_counted, "float32")))
 
     def running_counts(self) -> dict[str, Any]:
-        """What was counted in training since the last reset.
+        """Reads what was counted in training since the last reset.
 
         Returns:
             A dict of float64 arrays, padding excluded: `importance (tasks, E)`, each task's gate

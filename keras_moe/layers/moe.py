@@ -454,7 +454,7 @@ class MoE(ExpertFeedForward):
         return float(self.router.loss_weights.get("z_loss", 0.0))
 
     def running_counts(self) -> dict[str, Any]:
-        """What was counted in training since the last reset.
+        """Reads what was counted in training since the last reset.
 
         Returns:
             A dict of float64 arrays, padding excluded: `load (E,)`, the router's assignments per

@@ -232,14 +232,14 @@ class SoftMoE(ExpertFeedForward):
         return ops.reshape(outputs, (batch, sets, num_slots, output_dim))
 
     def running_counts(self) -> dict[str, Any]:
-        """What was counted in training since the last reset.
+        """Reads what was counted in training since the last reset.
 
         Returns:
             A dict of float64 arrays, padding excluded: `importance (E,)` and `slot_importance (E,
             P)`, the tokens' combine weight per expert and per slot; `decisions`, the tokens;
             `entropy`, the sum over them of the entropy of their combine weights per expert, in
             nats; `sequences`; `dispatch_min` and `dispatch_max`, the sums over them of the least
-            and the most dispatched token's weight in all slots, over the mean token's. Of a causal
+            and the most dispatched token's weight in all slots, over the mean token's. In a causal
             layer every real token ends a sequence of its own.
         """
         check_built(self)
@@ -251,7 +251,7 @@ class SoftMoE(ExpertFeedForward):
         self._counts.reset()
 
     def slot_cosines(self) -> np.ndarray[Any, np.dtype[np.float64]] | None:
-        """How alike the slots are.
+        """Measures how alike the slots are.
 
         Returns:
             A float64 array `(E P, E P)`, the absolute cosines of the slots' vectors `phi`; None

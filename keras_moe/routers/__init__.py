@@ -1,4 +1,4 @@
-"""Who decides: the rules that send tokens to experts, and the gates of tasks."""
+"""Routers: the rules that send tokens to experts, and the gates of tasks."""
 
 from keras_moe.routers.base import Decision, LinearRouter, Router, Served
 from keras_moe.routers.batch_priority import BatchPriorityRouter

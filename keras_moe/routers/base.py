@@ -28,7 +28,7 @@ _ONLY_WHERE_ON = ("sequence_balance", "local_entropy", "global_entropy")
 
 
 class Served(NamedTuple):
-    """What tokens get from a router that has a capacity of its own.
+    """Places that a router with a capacity of its own has found for tokens.
 
     Attributes:
         experts: int32 `(N, k)`, distinct in each row, those with a place first.
@@ -42,7 +42,7 @@ class Served(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """What a router decides about tokens `(N, d)`: all that a `Routing` is made of.
+    """Choice of a router for tokens `(N, d)`: all that a `Routing` is made of.
 
     Attributes:
         experts: int32 `(N, k)`, distinct in each row, best first.

@@ -16,7 +16,7 @@ from keras_moe.routers.selection import pick, select_top_k
 
 @keras.saving.register_keras_serializable(package="keras_moe")
 class BatchPriorityRouter(NoisyRouter):
-    """Top-k in which the tokens that the router is surest of get the slots first.
+    """Gives slots first to the tokens that it is surest of; top-k otherwise.
 
     p = softmax(x W + eps), eps ~ N(0, noise_std^2) in training, 0 otherwise; experts = the k
     largest p, weight_j = p_j, not renormalised. Where a capacity lets not all in, tokens are served
@@ -34,7 +34,7 @@ class BatchPriorityRouter(NoisyRouter):
         noise_std: Number of at least 0, the width of the noise; None for 1 / E. Defaults to `None`
             (the paper's).
         **kwargs: Arguments of `LinearRouter`: `losses`, `jitter`, `kernel_initializer`,
-            `kernel_regularizer`, `kernel_constraint`, `seed`. Of `losses`,
+            `kernel_regularizer`, `kernel_constraint`, `seed`. In `losses`,
             `"importance"` and `"load"`, which there is only with noise, are 0.005 by default (the
             paper's), the others 0.
 

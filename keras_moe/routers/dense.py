@@ -11,7 +11,7 @@ from keras_moe.routers.selection import all_experts
 
 @keras.saving.register_keras_serializable(package="keras_moe")
 class DenseRouter(LinearRouter):
-    """Every token goes to all experts, weighted by softmax(x W): the mixture of 1991.
+    """Sends every token to all experts, weighted by softmax(x W): the mixture of 1991.
 
     Not Soft MoE (Puigcerver et al. 2023): here no token is mixed with another. All loads are equal
     by construction, so there is no balance loss.

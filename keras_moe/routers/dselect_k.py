@@ -20,7 +20,7 @@ _TINY = 1e-20
 
 @keras.saving.register_keras_serializable(package="keras_moe")
 class DSelectKRouter(LinearRouter):
-    """k selectors, each of which finds one expert by a smooth binary code.
+    """Lets k selectors find one expert each by a smooth binary code.
 
     With E experts a selector has m = ceil(log2 E) numbers z; S(z) is 0 below -gamma / 2, 1 above
     gamma / 2 and a cubic between. It gives expert e the share r_e = product over the bits of e's
@@ -43,7 +43,7 @@ class DSelectKRouter(LinearRouter):
         kernel_initializer: Initializer of z and its kernel. Defaults to `None`, uniform within
             gamma / 100 of 0 (the authors').
         **kwargs: Arguments of `LinearRouter`: `losses`, `jitter`, `kernel_regularizer`,
-            `kernel_constraint`, `seed`. Of `losses`, `"entropy"` is 1e-6 by default; the paper
+            `kernel_constraint`, `seed`. In `losses`, `"entropy"` is 1e-6 by default; the paper
             tunes it.
 
     Reference:

@@ -12,7 +12,7 @@ from keras_moe.routers.selection import all_experts
 
 @keras.saving.register_keras_serializable(package="keras_moe")
 class ExpertChoiceRouter(LinearRouter):
-    """Each expert takes the tokens that it scores highest, the same number for every expert.
+    """Lets each expert take the tokens that it scores highest, the same number for all.
 
     p = softmax over the experts of x W; expert e takes the C = ceil(top_k N / E) tokens of largest
     p[:, e], N the tokens of the capacity group, and weighs them with p. All loads are equal by

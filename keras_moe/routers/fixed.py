@@ -12,7 +12,7 @@ from keras_moe.routers.selection import all_experts, select_top_k
 
 
 class FixedRouter(Router):
-    """A router that learns nothing: no kernel, no losses, equal weights."""
+    """Base of routers that learn nothing: no kernel, no losses, equal weights."""
 
     def _decision(self, experts: Tensor, logits: Tensor) -> Decision:
         weights = ops.ones_like(experts, dtype="float32") / self.top_k
@@ -21,7 +21,7 @@ class FixedRouter(Router):
 
 @keras.saving.register_keras_serializable(package="keras_moe")
 class HashRouter(FixedRouter):
-    """Each token goes to k experts by a fixed hash of its content, each with weight 1 / k.
+    """Sends each token to k experts by a fixed hash of its content, each with weight 1 / k.
 
     experts = the k largest x R, R a normal random `(d, E)` matrix that is drawn once, never
     trained, and saved. It is a locality-sensitive hash: equal tokens go to the same experts, and
@@ -59,7 +59,7 @@ class HashRouter(FixedRouter):
 
 @keras.saving.register_keras_serializable(package="keras_moe")
 class RandomRouter(HashRouter):
-    """Each token goes to k experts drawn anew in each training batch; a control.
+    """Sends each token to k experts that are drawn anew in each training batch; a control.
 
     At inference, which is deterministic, to those that `HashRouter` gives.
 
@@ -85,7 +85,7 @@ class RandomRouter(HashRouter):
 
 @keras.saving.register_keras_serializable(package="keras_moe")
 class UniformRouter(FixedRouter):
-    """Every token goes to all experts, each with weight 1 / E; a control: an ensemble.
+    """Sends every token to all experts, each with weight 1 / E; a control: an ensemble.
 
     Args:
         num_experts: Positive integer, the number of experts E.
@@ -98,7 +98,7 @@ class UniformRouter(FixedRouter):
         super().__init__(num_experts, num_experts, **kwargs)
 
     def build(self, input_shape: Shape) -> None:
-        """Nothing: it has no weights."""
+        """Makes no weights."""
 
     def decide(self, inputs: Tensor, mask: Tensor | None, training: bool | None) -> Decision:
         logits = ops.zeros((ops.shape(inputs)[0], self.num_experts), dtype="float32")

@@ -150,7 +150,7 @@ def global_entropy_loss(probabilities: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _entropy(probabilities: Tensor) -> Tensor:
-    """Over the last axis, in units of ln E."""
+    """Entropy over the last axis, in units of ln E."""
     num_experts = probabilities.shape[-1]
     if num_experts == 1:
         return ops.zeros_like(probabilities[..., 0])

@@ -15,7 +15,7 @@ from keras_moe.routers.top_k import TopKRouter
 
 @keras.saving.register_keras_serializable(package="keras_moe")
 class NoTokenLeftRouter(TopKRouter):
-    """Top-k under a capacity, in rounds: overflow goes to the next expert of a token's choice.
+    """Sends what an expert has no place for to the next one, in rounds; top-k otherwise.
 
     Every expert has C = ceil(capacity_factor * k * N / E) places, N the tokens of the batch,
     padding included. In round r each token that has fewer than k places asks its r-th best expert,
@@ -128,7 +128,7 @@ class NoTokenLeftRouter(TopKRouter):
 
 
 def _first_come_first_served(wanted: Tensor, free: Tensor) -> tuple[Tensor, Tensor]:
-    """Who gets one of the `free (E,)` places of the expert that they want, and what is left.
+    """Hands out the `free (E,)` places of experts to the tokens that want them.
 
     Args:
         wanted: int32 `(N,)`, an expert, or E for none.

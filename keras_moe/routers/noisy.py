@@ -1,4 +1,4 @@
-"""What routers share that choose under noise and balance by importance and load."""
+"""Base of routers that choose under noise and balance by importance and load."""
 
 import keras
 from keras import ops

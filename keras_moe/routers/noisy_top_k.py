@@ -18,7 +18,7 @@ _LEAST_NOISE = 1e-2  # as in the authors' tensor2tensor: a width of 0 would be d
 
 @keras.saving.register_keras_serializable(package="keras_moe")
 class NoisyTopKRouter(NoisyRouter):
-    """Each token goes to k experts, chosen in training under noise whose width is learned.
+    """Sends each token to k experts, chosen in training under noise whose width is learned.
 
     h_i = (x W)_i + N(0, 1) * std_i, std_i = softplus((x W_noise)_i) + 0.01; experts = the k largest
     h; weights = softmax of these k. Without training there is no noise, h = x W. With k = 1, where
@@ -34,7 +34,7 @@ class NoisyTopKRouter(NoisyRouter):
         kernel_initializer: Initializer of both kernels. Defaults to `"zeros"`, so that noise alone
             decides at first (the paper's).
         **kwargs: Arguments of `LinearRouter`: `losses`, `jitter`, `kernel_regularizer`,
-            `kernel_constraint`, `seed`. Of `losses`, `"importance"` and `"load"` are 0.1 by default
+            `kernel_constraint`, `seed`. In `losses`, `"importance"` and `"load"` are 0.1 by default
             (the paper's; without a load loss where k is E), the others 0.
 
     Reference:

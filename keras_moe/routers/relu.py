@@ -14,7 +14,7 @@ from keras_moe.routers.selection import pick, select_top_k, spread
 
 @keras.saving.register_keras_serializable(package="keras_moe")
 class ReLURouter(LinearRouter):
-    """Each token goes to all experts of positive score; a penalty sets how many that are.
+    """Sends each token to all experts of positive score; a penalty sets how many that are.
 
     weights = relu(x W); experts = those of positive weight, at most `max_experts`, largest first.
     The penalty is lambda * E / (k N) * sum_e load_e * mean_n weight_{n,e}: an L1 norm in which

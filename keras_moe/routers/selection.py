@@ -57,7 +57,7 @@ def pick(values: Tensor, places: Tensor) -> Tensor:
 
 
 def load_of(experts: Tensor, is_taken: Tensor, num_experts: int) -> Tensor:
-    """How many tokens take each expert, float32 `(E,)`, of `(N, k)` choices that are taken or not.
+    """Number of tokens that take each expert, float32 `(E,)`.
 
     Args:
         experts: int32 `(N, k)`.
@@ -73,7 +73,7 @@ def load_of(experts: Tensor, is_taken: Tensor, num_experts: int) -> Tensor:
 
 
 def all_experts(scores: Tensor) -> Tensor:
-    """Every expert for every row of `(N, E)` scores, int32 `(N, E)`."""
+    """All experts, for every row of `(N, E)` scores, int32 `(N, E)`."""
     return ops.arange(scores.shape[-1], dtype="int32") + ops.zeros_like(scores, dtype="int32")
 
 

@@ -16,7 +16,7 @@ _OF_A_GROUP = 2  # best experts whose scores make a group's
 
 @keras.saving.register_keras_serializable(package="keras_moe")
 class SigmoidBiasRouter(TopKRouter):
-    """Top-k by sigmoid(x W) + bias, where the bias follows the load and weighs nothing.
+    """Chooses by sigmoid(x W) + bias, where the bias follows the load and weighs nothing.
 
     s = sigmoid(x W); experts = the k largest s + bias; weight_j = routed_scale * s_j / sum of the k
     chosen s. With k = 1 the weight is routed_scale * s, or the router would get no gradient. After
@@ -119,7 +119,7 @@ class SigmoidBiasRouter(TopKRouter):
         return self._within_groups(scores + self.bias)  # the bias chooses, and weighs nothing
 
     def _within_groups(self, scores: Tensor) -> Tensor:
-        """-inf for experts out of a token's reach; not 0, which a negative bias falls below."""
+        """Scores that are -inf out of a token's reach; not 0, which a negative bias falls below."""
         if self.top_groups == self.num_groups:
             return scores
         size = self.num_experts // self.num_groups

@@ -16,7 +16,7 @@ _TINY = 1e-20
 
 @keras.saving.register_keras_serializable(package="keras_moe")
 class SinkhornRouter(LinearRouter):
-    """Top-k of scores that are balanced over the batch, in training; plain top-k at inference.
+    """Chooses by scores that are balanced over the batch in training; plain top-k at inference.
 
     In training exp(x W) is scaled by a factor per token and one per expert until each token's
     row sums to 1 / N and each expert's column to 1 / E, and a token goes to the k largest of its

@@ -158,7 +158,7 @@ class SoftRouter(keras.layers.Layer):
         return _hide(softmax(dispatch, axis=-2), visible), softmax(combine, axis=-1)
 
     def visible(self, count: Size, mask: Tensor | None) -> Tensor | None:
-        """Which tokens a slot mixes, bool `(batch, n)`; with `causal` `(batch, n, n)`, entry
+        """Tokens that a slot mixes, bool `(batch, n)`; with `causal` `(batch, n, n)`, entry
         [b, n, m] for token m in the slots that token n reads. None for all of them.
         """
         if not self.causal:

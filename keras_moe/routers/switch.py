@@ -11,7 +11,7 @@ from keras_moe.routers.selection import pick, select_top_k
 
 @keras.saving.register_keras_serializable(package="keras_moe")
 class SwitchRouter(LinearRouter):
-    """Each token goes to its most probable expert, weighted by that probability.
+    """Sends each token to its most probable expert, weighted by that probability.
 
     p = softmax((x * U(1 - jitter, 1 + jitter)) W); expert = argmax p; weight = max p. The noise is
     on in training only, and only the router sees it.

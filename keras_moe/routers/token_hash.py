@@ -19,7 +19,7 @@ Table = np.ndarray[Any, np.dtype[np.int32]]
 
 @keras.saving.register_keras_serializable(package="keras_moe")
 class TokenHashRouter(FixedRouter):
-    """Each token goes to k experts that a table has for its id, each with weight 1 / k.
+    """Sends each token to the k experts that a table has for its id, each with weight 1 / k.
 
     experts = table[id mod V]. The table `(V, k)` is drawn at random once, never trained, and saved;
     `balance` fills it by the frequencies of the ids instead. The layer must be called with

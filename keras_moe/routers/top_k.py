@@ -16,7 +16,7 @@ SCORES = ("softmax", "sigmoid")
 
 @keras.saving.register_keras_serializable(package="keras_moe")
 class TopKRouter(LinearRouter):
-    """Each token goes to its k experts of highest score.
+    """Sends each token to its k experts of highest score.
 
     s = score(x W); experts = the k largest s; weight_j = s_j, divided by the sum of the k chosen
     where `normalize` is set. A softmax over the k chosen logits, "softmax after top-k", is the same
@@ -74,7 +74,7 @@ class TopKRouter(LinearRouter):
         return scaled_to_one(weights) if self.normalize and self.top_k > 1 else weights
 
     def _ranked_by(self, logits: Tensor, scores: Tensor) -> Tensor:
-        """What the k largest are taken of: logits, in whose place scores may round to ties."""
+        """Numbers that the k largest are taken of: logits, since scores may round to ties."""
         return logits
 
     def get_config(self) -> Config:

@@ -1,4 +1,4 @@
-"""What each backend does better than portable Keras code: the only place that imports a backend.
+"""Operations that a backend does better than portable Keras code: no other place imports one.
 
 `current` is the module of the backend in use, chosen once. Each module has all that `portable` has,
 in Keras's own operations or in those of its backend.

@@ -35,7 +35,7 @@ WALKS = HAS_GROUPED_MATMUL = True
 
 
 class _Static(NamedTuple):
-    """What a walk is compiled for."""
+    """Settings that a walk is compiled for."""
 
     activations: tuple[Callable[..., Tensor] | None, ...]
     block_sizes: tuple[int, ...]  # the largest first; each is a program of its own
@@ -137,7 +137,7 @@ def _walk_forward(static: _Static, *inputs: Any) -> tuple[Any, Any]:
 
 
 class _Tape(NamedTuple):
-    """What a backward walk reads, of all slots."""
+    """Arrays that a backward walk reads, with an entry for every slot."""
 
     activations: tuple[Callable[..., Tensor] | None, ...]
     scales: Any
@@ -190,20 +190,20 @@ def _backward_block(
     """The gradients of one block of an expert's rows; rows past its end count as 0."""
     grad_rows, grad_weight_of, grad_scales = state
     grad_scales, grad_expert = list(grad_scales), list(grad_expert)
-    is_own = (at + jnp.arange(size) < end)[:, None]
+    is_row = (at + jnp.arange(size) < end)[:, None]
 
-    def own(rows: Tensor) -> Tensor:
-        return jnp.where(is_own, rows, 0)
+    def zero_past_end(rows: Tensor) -> Tensor:
+        return jnp.where(is_row, rows, 0)
 
     token = _read(tape.token_of, at, size)
-    weight = own(_read(tape.weight_of, at, size)[:, None])
-    unweighted = own(_take(tape.grad_sums, token))
+    weight = zero_past_end(_read(tape.weight_of, at, size)[:, None])
+    unweighted = zero_past_end(_take(tape.grad_sums, token))
     # What went into each layer, and out of the last one if that is activated.
-    inputs, pullbacks = [own(_take(tape.tokens, token))], []
+    inputs, pullbacks = [zero_past_end(_take(tape.tokens, token))], []
     for activation, scale, sums in zip(tape.activations, tape.scales, tape.kept, strict=False):
-        own_sums = tuple(own(_read(rows, at, size)) for rows in sums)
+        inner_sums = tuple(zero_past_end(_read(rows, at, size)) for rows in sums)
         hidden, pullback = jax.vjp(
-            partial(_activated, activation), own_sums, _read(scale, at, size)
+            partial(_activated, activation), inner_sums, _read(scale, at, size)
         )
         inputs.append(hidden)
         pullbacks.append(pullback)
@@ -245,7 +245,7 @@ def _assignments(slots: Slots, weights: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _by_choice(rows: Tensor, slots: Slots, weights: Tensor) -> list[Tensor]:
-    """What the slots hold for each token's first choice, second choice and so on; 0 for none.
+    """Rows of each token's first choice, second choice and so on; 0 where it has none.
 
     One by one: a single gather of all choices takes XLA:CPU ten times as long.
     """

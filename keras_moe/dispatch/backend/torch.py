@@ -179,8 +179,8 @@ class _LinearCombine(torch.autograd.Function):
         ctx.bounds = bounds
         outputs = _empty_with_zero_tail(hidden, hidden.shape[0], kernel.shape[-1], bounds)
         for expert, start, end in _busy(bounds):
-            own = None if bias is None else bias[expert]
-            _linear(hidden[start:end], kernel[expert], own, outputs[start:end])
+            bias_of = None if bias is None else bias[expert]
+            _linear(hidden[start:end], kernel[expert], bias_of, outputs[start:end])
         return _sums(outputs, slot_of, weights)
 
     @staticmethod

@@ -121,19 +121,20 @@ def _linear_backward(
     weights = (kernels, biases)
 
     def block(size: int, expert: Any, at: Tensor, end: Tensor, carry: Any) -> Any:
-        is_own = (at + tf.range(size) < end)[:, None]
+        is_row = (at + tf.range(size) < end)[:, None]
 
-        def own(all_: Tensor | Rows) -> Tensor:  # 0 times a NaN of the next expert's would be NaN
-            return tf.where(is_own, _read(at, size, all_), tf.zeros([], all_.dtype))
+        def zero_past_end(all_: Tensor | Rows) -> Tensor:
+            # A product with 0 would not do: the next expert's rows may be NaN.
+            return tf.where(is_row, _read(at, size, all_), tf.zeros([], all_.dtype))
 
         grad_rows, grad_weight_of, grad_weights = carry
         own_kernels, own_biases = expert
         grad_row, *new, grad_weight = linear_backward(
-            own(rows),
-            [own(each) for each in grad_sums],
+            zero_past_end(rows),
+            [zero_past_end(each) for each in grad_sums],
             own_kernels,
             own_biases,
-            None if weight is None else own(weight),
+            None if weight is None else zero_past_end(weight),
         )
         if grad_weight is not None:
             grad_weight_of = _write(at, grad_weight_of, grad_weight)

@@ -33,9 +33,9 @@ def forward(static: Static, tokens: Tensor, route: Route, experts: Experts) -> t
     starts, dtype = starts_of(route.ends), wide(tokens.dtype)
 
     def body(index: Tensor, carry: Any) -> Any:
-        own = slice(starts[index], route.ends[index])
-        hidden, sums = apply(static, _expert(experts, index, own), rows[own], linear)
-        weighted = tf.cast(hidden, dtype) * tf.cast(route.weight_of[own], dtype)
+        span = slice(starts[index], route.ends[index])
+        hidden, sums = apply(static, _expert(experts, index, span), rows[span], linear)
+        weighted = tf.cast(hidden, dtype) * tf.cast(route.weight_of[span], dtype)
         return tf.nest.map_structure(partial(_put, index), carry, (weighted, sums))
 
     def pieces(kernel: Tensor) -> tf.TensorArray:
@@ -63,15 +63,15 @@ def backward(
     starts, num_experts = starts_of(route.ends), experts.kernels[0][0].shape[0]
 
     def body(index: Tensor, carry: Any) -> Any:
-        own = slice(starts[index], route.ends[index])
-        before = tf.nest.map_structure(lambda all_: all_[own], sums)
+        span = slice(starts[index], route.ends[index])
+        before = tf.nest.map_structure(lambda all_: all_[span], sums)
         grad_row, grad_weight, grad_expert = apply_backward(
             static,
-            _expert(experts, index, own),
-            rows[own],
+            _expert(experts, index, span),
+            rows[span],
             before,
-            upstream[own],
-            route.weight_of[own],
+            upstream[span],
+            route.weight_of[span],
             linear_backward,
         )
         weights = tf.nest.map_structure(
@@ -120,9 +120,11 @@ def _summed(rows: Tensor, route: Route) -> Tensor:
     return total
 
 
-def _expert(experts: Experts, index: Tensor, own: slice) -> Experts:
+def _expert(experts: Experts, index: Tensor, span: slice) -> Experts:
     kernels, biases = tf.nest.map_structure(lambda all_: all_[index], experts[:2])
-    return Experts(kernels, biases, tf.nest.map_structure(lambda scale: scale[own], experts.scales))
+    return Experts(
+        kernels, biases, tf.nest.map_structure(lambda scale: scale[span], experts.scales)
+    )
 
 
 def _pieces(dtype: Any, num_experts: int, width: int) -> tf.TensorArray:

@@ -14,7 +14,7 @@ from keras_moe.dispatch.layout import Slots
 
 
 class Static(NamedTuple):
-    """What a walk is traced for."""
+    """Settings that a walk is traced for."""
 
     activations: tuple[Callable[..., Tensor] | None, ...]
     block_sizes: tuple[int, ...]  # the largest first; each is a loop of its own
@@ -33,7 +33,7 @@ class Experts(NamedTuple):
 
 
 class Route(NamedTuple):
-    """Who goes where.
+    """Assignments: who goes where.
 
     Attributes:
         slots: the assignments in their slots, S of them, by expert.
@@ -69,12 +69,12 @@ class Rows:
 
     @property
     def dtype(self) -> Any:
-        """Of the rows."""
+        """The dtype of the rows."""
         return self.tokens.dtype
 
     @property
     def shape(self) -> tuple[int | None, int]:
-        """Of all rows, `(S, width)`."""
+        """The shape of all rows, `(S, width)`."""
         return self.token_of.shape[0], self.tokens.shape[-1]
 
     def __getitem__(self, slots: Any) -> Tensor:
@@ -104,7 +104,7 @@ def apply(
 
 
 def num_remembered(static: Static, experts: Experts) -> int:
-    """How many layers' sums a backward pass needs: a last layer that is linear needs none."""
+    """Number of layers whose sums a backward pass needs: a last layer that is linear needs none."""
     is_linear = static.activations[-1] is None and not experts.scales[-1]
     return len(static.activations) - is_linear
 
@@ -166,7 +166,7 @@ def linear(rows: Tensor, kernels: Any, biases: Any) -> tuple[Tensor, ...]:
 def linear_backward(
     rows: Tensor, grad_sums: Any, kernels: Any, biases: Any, weight: Tensor | None
 ) -> tuple[Any, Any, Any, Any]:
-    """The gradients of `linear`, whose sums are then multiplied by `weight (rows, 1)` if given.
+    """The gradients of `linear`, whose sums are then multiplied by `weight (rows, 1)`, if any.
 
     Those of kernels, biases and weight are float32 at least. The gradient of a weight is
     <h W + b, upstream> = <h, upstream W^T> + <b, upstream>: the layer's outputs are not needed.
@@ -220,7 +220,7 @@ def wide(dtype: Any) -> Any:
 
 
 def starts_of(ends: Tensor) -> Tensor:
-    """Where each expert's rows begin."""
+    """Starts of the experts' rows."""
     return tf.concat([tf.zeros_like(ends[:1]), ends[:-1]], axis=0)
 
 
