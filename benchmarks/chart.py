@@ -18,7 +18,7 @@ from benchmarks.rows import PASSES, ROWS
 
 # Okabe and Ito's colours, which the colour-blind tell apart; markers tell them apart in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "h")  # one more: no pair comes twice
 TITLES = {"forward": "inference", "gradient": "training"}
 _NARROWEST = 8.0  # inches, that title and legend need
 _CURVE = [row for row in ROWS if row.group == "curve"]

@@ -178,7 +178,9 @@ def _names(latest: Latest) -> list[str]:
 
 
 def _folded(summary: str, *blocks: str) -> str:
-    return "\n\n".join([f"<details><summary>{summary}</summary>", *blocks, "</details>"])
+    # Without `markdown`, the site shows the tables in it as they are written.
+    opening = f'<details markdown="1"><summary>{summary}</summary>'
+    return "\n\n".join([opening, *blocks, "</details>"])
 
 
 def _markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
