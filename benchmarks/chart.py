@@ -51,10 +51,12 @@ def draw(machines: Mapping[Machine, Latest], path: Path) -> bool:
         Whether there was anything to draw.
     """
     panels = {
-        machine: [each for each in latest.backends if points_of(latest.rows[each], PASSES[0])]
+        machine: [
+            backend for backend in latest.backends if points_of(latest.rows[backend], PASSES[0])
+        ]
         for machine, latest in machines.items()
     }
-    machine = max(panels, key=lambda each: len(panels[each]), default=None)
+    machine = max(panels, key=lambda machine: len(panels[machine]), default=None)
     if machine is None or not panels[machine]:
         return False
     backends, latest = panels[machine], machines[machine]
@@ -125,12 +127,12 @@ def _label(figure: Any, axes: Any, machine: Machine, subjects: list[str]) -> Non
         f"{machine.dtype}",
         fontsize=11,
     )
-    found = {}
+    by_label = {}
     for axis in axes.flat:
         handles, labels = axis.get_legend_handles_labels()
-        found |= dict(zip(labels, handles, strict=True))
+        by_label |= dict(zip(labels, handles, strict=True))
     figure.legend(
-        [found[name] for name in subjects],
+        [by_label[name] for name in subjects],
         subjects,
         loc="outside lower center",
         ncols=3,

@@ -39,7 +39,7 @@ def dispatchers_for(asked: Sequence[str], capacity_factor: float | None) -> list
     """Those of the asked dispatchers that can be had with this capacity factor."""
     has_capacity = capacity_factor is not None
     return [
-        each for each in asked if each == "auto" or (each in CAPACITY_DISPATCHERS) == has_capacity
+        name for name in asked if name == "auto" or (name in CAPACITY_DISPATCHERS) == has_capacity
     ]
 
 

@@ -37,7 +37,7 @@ class TensorFlowEngine:
             with tf.GradientTape() as tape:
                 tape.watch(inputs)
                 outputs = outputs_of(layer(inputs, training=True))
-                squares = tf.add_n([tf.reduce_mean(tf.square(each)) for each in outputs])
+                squares = tf.add_n([tf.reduce_mean(tf.square(output)) for output in outputs])
                 loss = tf.add_n([tf.cast(squares, "float32"), *layer.losses])
             return tape.gradient(loss, [inputs, *weights])
 

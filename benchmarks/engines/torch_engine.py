@@ -34,7 +34,7 @@ class TorchEngine:
         def loss(inputs: Any) -> Any:
             result = layer(inputs, training=True) if is_keras else layer(inputs)
             losses = layer.losses if is_keras else contender.losses_of(result)
-            squares = sum(each.square().mean() for each in outputs_of(result))
+            squares = sum(output.square().mean() for output in outputs_of(result))
             return squares.float() + sum(losses)
 
         function = forward if which == FORWARD else loss

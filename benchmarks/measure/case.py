@@ -34,7 +34,7 @@ class Layers:
     failures: list[dict[str, str]] = dataclasses.field(default_factory=list)
     made: dict[str, Any] = dataclasses.field(default_factory=dict)
 
-    def each(self, which: str, use: Callable[[str, Contender, Any], None]) -> None:
+    def for_each(self, which: str, use: Callable[[str, Contender, Any], None]) -> None:
         """Calls `use(name, contender, layer)` for all contenders that are still in."""
         for name, contender in list(self.contenders.items()):
             try:
@@ -88,7 +88,7 @@ def _times(row: Row, layers: Layers, engine: Engine, which: str, options: Option
         durations[name] = timing.warm_up(step)
         steps[name] = step
 
-    layers.each(which, warm)
+    layers.for_each(which, warm)
     return timing.alternate(steps, durations, options.repeats, options.seconds)
 
 
@@ -102,7 +102,7 @@ def _memory(row: Row, layers: Layers, engine: Engine, which: str, options: Optio
         samples[name].append(float(size))
 
     for _ in range(min(options.repeats, _MEMORY_REPEATS)):
-        layers.each(which, take)
+        layers.for_each(which, take)
         if all(len(sizes) > 1 and sizes[-1] == sizes[-2] for sizes in samples.values()):
             break  # what a compiler reserves is the same each time
     return samples
@@ -119,7 +119,7 @@ def _compile(row: Row, layers: Layers, engine: Engine, which: str, options: Opti
         samples[name].append(seconds)
 
     for _ in range(min(options.repeats, _COMPILE_REPEATS)):
-        layers.each(which, take)
+        layers.for_each(which, take)
     return samples
 
 

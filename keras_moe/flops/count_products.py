@@ -1,4 +1,4 @@
-"""The FLOPs that can be seen in a layer's call."""
+"""A rule that counts the products of a layer's call."""
 
 from typing import Any
 

@@ -51,9 +51,9 @@ class HistoryMean(keras.layers.Layer):
     def call(self, inputs: Any, mask: Any = None) -> Tensor:
         vectors, ids = inputs
         known = ops.not_equal(ids, 0)
-        for each in mask or ():
-            if each is not None:
-                known = ops.logical_and(known, ops.cast(each, "bool"))
+        for input_mask in mask or ():
+            if input_mask is not None:
+                known = ops.logical_and(known, ops.cast(input_mask, "bool"))
         return masked_mean(vectors, known, self.compute_dtype)
 
     def compute_mask(self, inputs: Any, previous_mask: Any) -> None:

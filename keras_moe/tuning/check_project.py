@@ -1,4 +1,4 @@
-"""Keeps two searches from mixing in one folder."""
+"""Check that two searches do not share a folder."""
 
 import dataclasses
 import inspect
@@ -83,9 +83,9 @@ def _described(value: Any, path: str = "") -> Any:
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, Mapping):
-        return {str(key): _described(each, f"{path}.{key}") for key, each in value.items()}
+        return {str(key): _described(entry, f"{path}.{key}") for key, entry in value.items()}
     if isinstance(value, list | tuple | range):
-        return [_described(each, f"{path}[{index}]") for index, each in enumerate(value)]
+        return [_described(entry, f"{path}[{index}]") for index, entry in enumerate(value)]
     if inspect.isclass(value) or inspect.isroutine(value):
         return f"{value.__module__}.{value.__qualname__}"
     kind = type(value).__qualname__
