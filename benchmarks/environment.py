@@ -1,4 +1,4 @@
-"""What a number was measured on: device, versions and commit."""
+"""Environment of a measurement: device, versions and commit."""
 
 from __future__ import annotations
 

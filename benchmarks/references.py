@@ -1,4 +1,4 @@
-"""What our layers are measured against: plain layers, as a user would write them without us."""
+"""References for our layers: plain layers, as a user would write them without this library."""
 
 from __future__ import annotations
 

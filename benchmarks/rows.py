@@ -1,4 +1,4 @@
-"""What is measured: the rows of the table, their sizes and the targets we set ourselves."""
+"""Rows of the table, with their sizes and our targets."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Sizes(NamedTuple):
 
     @property
     def label(self) -> str:
-        """As the table prints it."""
+        """The row's name in the table."""
         return ", ".join(str(size) for size in self)
 
     def quick(self) -> Sizes:

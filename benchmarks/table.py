@@ -131,7 +131,7 @@ def _others(latest: Latest) -> str:
     lead = (
         "Other dispatchers, and other libraries' layers on the same work: forward / "
         "forward+backward. "
-        "Gated layers are compared with a gated dense one; `keras_moe glu` is ours made alike."
+        "Gated layers are compared with a gated dense one; `keras_moe glu` is ours, gated too."
     )
     return _folded("Peers and dispatchers", lead, _markdown(header, body))
 

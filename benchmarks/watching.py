@@ -1,4 +1,4 @@
-"""Measures what watching costs: running counts in a training step, and `ExpertMonitor` in `fit`.
+"""Measures the cost of running counts in a training step, and of `ExpertMonitor` in `fit`.
 
     python -m benchmarks.watching --backend jax
 
@@ -64,7 +64,7 @@ def block(sizes: Sizes) -> Any:
 
 
 def without_counts(model: Any) -> Any:
-    """The model, whose `MoE` counts no more."""
+    """Returns the model with the counting of its `MoE` turned off."""
     model.get_layer("moe")._counts.add = lambda *_: None
     return model
 

@@ -53,7 +53,7 @@ class TensorFlowEngine:
         return run
 
     def memory(self, layer: Any, contender: Contender, which: str) -> int | None:
-        """By the allocator's own count, of a warm step."""
+        """Reads the allocator's count of a warm step."""
         device = "GPU:0" if self._on_gpu else "CPU:0"
         step = self.step(layer, contender, which)
         step()
@@ -65,7 +65,7 @@ class TensorFlowEngine:
         return peak - before - weight_bytes(layer)
 
     def forget(self) -> None:
-        """Every step is a new function, which nothing compiled before serves."""
+        """Does nothing: every step is a new function."""
 
     def device(self) -> tuple[str, str | None]:
         gpus = tf.config.list_physical_devices("GPU")

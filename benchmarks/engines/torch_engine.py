@@ -55,7 +55,7 @@ class TorchEngine:
         return run_forward if which == FORWARD else run_gradient
 
     def memory(self, layer: Any, contender: Contender, which: str) -> int | None:
-        """By the allocator's own count on a GPU; a CPU has none."""
+        """Reads the allocator's count on a GPU; None on a CPU."""
         if not torch.cuda.is_available():
             return None
         step = self.step(layer, contender, which)

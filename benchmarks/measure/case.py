@@ -1,4 +1,4 @@
-"""Measures all of one row."""
+"""Measurement of one row."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ class Layers:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, short enough for a table."""
+    """The first line of an error, short enough for a table."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}"[:300]
 
 
 def measure_row(row: Row, engine: Engine, options: Options) -> dict[str, Any]:
-    """Everything that is stored of a row: sizes, facts, and a line per comparison and pass."""
+    """Measures a row: sizes, facts, and a line per comparison and pass."""
     case = build_case(row, options)
     layers = Layers({contender.name: contender for contender in case.contenders})
     measure = {"memory": _memory, "compile": _compile}.get(row.kind, _times)

@@ -52,9 +52,9 @@ class ExpertMonitor(keras.callbacks.Callback):
     many drops, gates that take one expert alone.
 
     Args:
-        every: Positive integer, the batches between two looks at the counts; the end of an epoch
-            is always looked at. A look waits for the device, and on JAX brings home the state of
-            the whole model. Defaults to `10`.
+        every: Positive integer, the batches between two reads of the counts, which are also read
+            at the end of an epoch. Reading waits for the device, and on JAX copies the state of the
+            whole model. Defaults to `10`.
         metrics: Names of what is shown, or `"all"`. Defaults to `None`, for the first three.
         alarms: Whether to warn. Defaults to `True`.
         csv: Optional path of a file with a line per epoch and a column per number. Defaults to

@@ -22,7 +22,7 @@ class HistoryMean(keras.layers.Layer):
     Call arguments:
         inputs: The vectors `(batch, n, d)` and the ids `(batch, n)`, in a list.
         mask: A mask `(batch, n)` or None for each of them, in a list. Defaults to `None`, which
-            takes those that Keras hands on.
+            takes those that Keras passes on.
 
     Input shape:
         `[(batch, n, d), (batch, n)]`

@@ -18,7 +18,7 @@ _RECORD = "search.json"
 def check_project(directory: str | os.PathLike[str], project_name: str, **search: Any) -> None:
     """Checks that a results folder is new or belongs to this search, and claims it if it is new.
 
-    A KerasTuner with `overwrite=False` goes on with whatever search its folder holds, and mixes the
+    A KerasTuner with `overwrite=False` resumes any search that its folder holds, and mixes the
     trials of two spaces or objectives without a word. Call this before making the tuner: it writes
     what defines the search to `search.json` in the project's folder, and fails where the folder
     holds something else. It changes nothing there. In place of `overwrite=True`, which removes
