@@ -55,7 +55,7 @@ def loads(inputs: np.ndarray, sizes: Sizes) -> np.ndarray:
 
 
 def load_facts(inputs: np.ndarray, sizes: Sizes) -> dict[str, Any]:
-    """Facts about the loads for the table: how uneven they are, and the number of experts in use."""
+    """Facts about the loads for the table: how uneven they are, and how many experts are used."""
     counts = loads(inputs, sizes)
     return {
         "load_max_over_mean": float(counts.max() / counts.mean()),
