@@ -16,9 +16,19 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from benchmarks.latest import Latest, Machine
 from benchmarks.rows import PASSES, ROWS
 
-# Okabe and Ito's colours, which the colour-blind tell apart; markers tell them apart in grey.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "h")  # one more: no pair comes twice
+# Okabe and Ito's colours and a dark red, which the colour-blind tell apart; markers do in grey.
+COLOURS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#000000",
+    "#999999",
+    "#882255",
+)
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "h")
 TITLES = {"forward": "inference", "gradient": "training"}
 _NARROWEST = 8.0  # inches, that title and legend need
 _CURVE = [row for row in ROWS if row.group == "curve"]
