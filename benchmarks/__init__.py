@@ -1,1 +1,1 @@
-"""What a mixture of experts costs, as a multiple of a dense layer that does the same work."""
+"""Cost of a mixture of experts, as a multiple of a dense layer that does the same work."""

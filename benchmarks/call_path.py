@@ -2,8 +2,8 @@
 
     KERAS_BACKEND=torch python -m benchmarks.call_path
 
-Of `MoE(8, 64, top_k=2)` on `(4, 16, 32)`, the second eager call. Comprehensions do not count. "Own
-loop" is the backend's walk, `dispatch/backend/`, and what it calls.
+It follows the second eager call of `MoE(8, 64, top_k=2)` on `(4, 16, 32)`. Comprehensions do not
+count. "Own loop" is the backend's walk, `dispatch/backend/`, and what it calls.
 """
 
 from __future__ import annotations

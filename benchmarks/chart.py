@@ -16,9 +16,19 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from benchmarks.latest import Latest, Machine
 from benchmarks.rows import PASSES, ROWS
 
-# Okabe and Ito's colours, which the colour-blind tell apart; markers tell them apart in grey.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+# Okabe and Ito's colours and a dark red, which the colour-blind tell apart; markers do in grey.
+COLOURS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#000000",
+    "#999999",
+    "#882255",
+)
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "h")
 TITLES = {"forward": "inference", "gradient": "training"}
 _NARROWEST = 8.0  # inches, that title and legend need
 _CURVE = [row for row in ROWS if row.group == "curve"]
@@ -51,10 +61,12 @@ def draw(machines: Mapping[Machine, Latest], path: Path) -> bool:
         Whether there was anything to draw.
     """
     panels = {
-        machine: [each for each in latest.backends if points_of(latest.rows[each], PASSES[0])]
+        machine: [
+            backend for backend in latest.backends if points_of(latest.rows[backend], PASSES[0])
+        ]
         for machine, latest in machines.items()
     }
-    machine = max(panels, key=lambda each: len(panels[each]), default=None)
+    machine = max(panels, key=lambda machine: len(panels[machine]), default=None)
     if machine is None or not panels[machine]:
         return False
     backends, latest = panels[machine], machines[machine]
@@ -125,12 +137,12 @@ def _label(figure: Any, axes: Any, machine: Machine, subjects: list[str]) -> Non
         f"{machine.dtype}",
         fontsize=11,
     )
-    found = {}
+    by_label = {}
     for axis in axes.flat:
         handles, labels = axis.get_legend_handles_labels()
-        found |= dict(zip(labels, handles, strict=True))
+        by_label |= dict(zip(labels, handles, strict=True))
     figure.legend(
-        [found[name] for name in subjects],
+        [by_label[name] for name in subjects],
         subjects,
         loc="outside lower center",
         ncols=3,

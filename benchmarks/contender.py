@@ -1,4 +1,4 @@
-"""What takes part in a measurement, and who is compared with whom."""
+"""Contenders in a measurement, and the comparisons between them."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Comparison(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """All that one row measures together, in one process.
+    """Contenders and comparisons of one row, measured in one process.
 
     Attributes:
         contenders: in the order in which they take turns.
@@ -66,7 +66,7 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What a run was asked for.
+    """Options of a run.
 
     Attributes:
         backend: as `--backend` names it.

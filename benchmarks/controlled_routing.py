@@ -48,14 +48,14 @@ def copying_kernel(width: int, num_experts: int) -> np.ndarray:
 
 
 def loads(inputs: np.ndarray, sizes: Sizes) -> np.ndarray:
-    """How many tokens each expert gets, int `(E,)`."""
+    """The number of tokens that each expert gets, int `(E,)`."""
     scores = inputs[:, : sizes.experts]
     chosen = np.argpartition(-scores, sizes.top_k - 1, axis=1)[:, : sizes.top_k]
     return np.bincount(chosen.ravel(), minlength=sizes.experts)
 
 
 def load_facts(inputs: np.ndarray, sizes: Sizes) -> dict[str, Any]:
-    """What the table says about the loads: how uneven they are, and how many experts are in use."""
+    """Facts about the loads for the table: how uneven they are, and how many experts are used."""
     counts = loads(inputs, sizes)
     return {
         "load_max_over_mean": float(counts.max() / counts.mean()),

@@ -1,4 +1,4 @@
-"""What a number was measured on: device, versions and commit."""
+"""Environment of a measurement: device, versions and commit."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def describe(device: tuple[str, str | None]) -> dict[str, Any]:
         },
         "versions": {
             "python": platform.python_version(),
-            **{name: found for name in _OURS if (found := version_of(name))},
+            **{name: version for name in _OURS if (version := version_of(name))},
         },
         "peers": {name: version_of(name) for name in PEERS},
         "commit": commit(),
@@ -42,10 +42,10 @@ def describe(device: tuple[str, str | None]) -> dict[str, Any]:
 def cpu_name() -> str:
     """The processor's name, as the kernel says it."""
     try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
+        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
     except OSError:
-        found = None
-    return found[1].strip() if found else platform.machine()
+        match = None
+    return match[1].strip() if match else platform.machine()
 
 
 def version_of(package: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Which of the stored results a table shows."""
+"""Selection of the stored results that a table shows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from benchmarks.engines import BACKENDS
 
 
 class Machine(NamedTuple):
-    """What results must share to stand in one table."""
+    """Machine that all results of one table share."""
 
     device: str
     cores: int

@@ -25,7 +25,9 @@ def probe(arguments: dict[str, Any]) -> int:
     engine = engines.get(options.backend)
     (row,) = select([arguments["row"]])
     case = build_case(row.quick() if options.quick else row, options)
-    (contender,) = (each for each in case.contenders if each.name == arguments["contender"])
+    (contender,) = (
+        candidate for candidate in case.contenders if candidate.name == arguments["contender"]
+    )
     layer = contender.make()
     step = engine.step(layer, contender, arguments["which"])
     step()

@@ -31,15 +31,15 @@ def glu_moe(sizes: Sizes, **arguments: Any) -> keras.Layer:
 
 
 def name_with(dispatcher: str) -> str:
-    """What the table calls our layer with a dispatcher."""
+    """The name of our layer with a dispatcher in the table."""
     return OURS if dispatcher == "auto" else f"{OURS}[{dispatcher}]"
 
 
 def dispatchers_for(asked: Sequence[str], capacity_factor: float | None) -> list[str]:
-    """Those of the asked dispatchers that can be had with this capacity factor."""
+    """The requested dispatchers that work with this capacity factor."""
     has_capacity = capacity_factor is not None
     return [
-        each for each in asked if each == "auto" or (each in CAPACITY_DISPATCHERS) == has_capacity
+        name for name in asked if name == "auto" or (name in CAPACITY_DISPATCHERS) == has_capacity
     ]
 
 
@@ -59,7 +59,7 @@ def contenders(
 
 
 def plan_facts(sizes: Sizes, capacity_factor: float | None) -> dict[str, Any]:
-    """What the layer itself says it does with these tokens, in either pass."""
+    """The layer's dispatch plan for these tokens, in either pass."""
     layer = MoE(sizes.experts, sizes.hidden, top_k=sizes.top_k, capacity_factor=capacity_factor)
     layer.build((None, sizes.width))
     plans = {

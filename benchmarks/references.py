@@ -1,4 +1,4 @@
-"""What our layers are measured against: plain layers, as a user would write them without us."""
+"""References for our layers: plain layers, as a user would write them without this library."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class LoopMMoE(keras.layers.Layer):
     def __init__(self, num_experts: int, units: tuple[int, ...], tasks: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.experts = [
-            keras.Sequential([keras.layers.Dense(each, activation="relu") for each in units])
+            keras.Sequential([keras.layers.Dense(width, activation="relu") for width in units])
             for _ in range(num_experts)
         ]
         self.gates = [
@@ -86,7 +86,7 @@ class LoopMMoE(keras.layers.Layer):
         del training
         experts = keras.ops.stack([expert(inputs) for expert in self.experts], axis=1)
         weights = [keras.ops.expand_dims(gate(inputs), -1) for gate in self.gates]
-        return [keras.ops.sum(each * experts, axis=1) for each in weights]
+        return [keras.ops.sum(weight * experts, axis=1) for weight in weights]
 
 
 def loop_mmoe(width: int, num_experts: int, units: tuple[int, ...], tasks: int) -> keras.Layer:

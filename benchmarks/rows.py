@@ -1,4 +1,4 @@
-"""What is measured: the rows of the table, their sizes and the targets we set ourselves."""
+"""Rows of the table, with their sizes and our targets."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Sizes(NamedTuple):
 
     @property
     def label(self) -> str:
-        """As the table prints it."""
+        """The row's name in the table."""
         return ", ".join(str(size) for size in self)
 
     def quick(self) -> Sizes:
@@ -73,8 +73,8 @@ def _rows(
     limits = {FORWARD: forward, GRADIENT: gradient}
     known = {which: limit for which, limit in limits.items() if limit is not None}
     return [
-        Row("-".join([group, *map(str, each)]), group, title, kind, Sizes(*each), known, **more)
-        for each in sizes
+        Row("-".join([group, *map(str, row)]), group, title, kind, Sizes(*row), known, **more)
+        for row in sizes
     ]
 
 
@@ -165,7 +165,7 @@ ROWS: tuple[Row, ...] = (
         [(2048, 256, 1024, 64, 2)],
         gradient=1.5,
     ),
-    # Of the MMoE row, h is the first expert layer's width and k the number of tasks: see its kind.
+    # In the MMoE row, h is the first expert layer's width and k the number of tasks: see its kind.
     *_rows("mmoe", "MMoE", "mmoe", [(4096, 128, 256, 8, 4)]),
     *_rows(
         "soft",

@@ -56,7 +56,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         nargs="+",
         choices=[*DISPATCHERS, "all"],
         default=["auto"],
-        metavar="CARRIER",
+        metavar="DISPATCHER",
         help=f"values of MoE(dispatch=) to compare: all, or some of {', '.join(DISPATCHERS)}",
     )
     parser.add_argument(

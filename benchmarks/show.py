@@ -12,7 +12,7 @@ from benchmarks.rows import ROWS, Row
 
 
 def print_rows(console: Console, rows: Iterable[Row]) -> None:
-    """The rows with their targets."""
+    """Prints the rows with their targets."""
     table = Table("row", "T, d, h, E, k", "what", "target forward / gradient")
     for row in rows:
         limits = " / ".join(str(row.limits.get(which, "-")) for which in ("forward", "gradient"))
@@ -31,7 +31,7 @@ def verdict(line: dict[str, Any]) -> str:
 
 
 def print_record(console: Console, record: dict[str, Any]) -> None:
-    """What one run on one backend gave, and under which conditions."""
+    """Prints the results of one run on one backend, with their conditions."""
     device, versions = record.get("device", {}), record.get("versions", {})
     console.print(f"$ {record['command']}", soft_wrap=True, highlight=False)
     head = record.get("commit", {})

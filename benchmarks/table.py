@@ -131,7 +131,7 @@ def _others(latest: Latest) -> str:
     lead = (
         "Other dispatchers, and other libraries' layers on the same work: forward / "
         "forward+backward. "
-        "Gated layers are compared with a gated dense one; `keras_moe glu` is ours made alike."
+        "Gated layers are compared with a gated dense one; `keras_moe glu` is ours, gated too."
     )
     return _folded("Peers and dispatchers", lead, _markdown(header, body))
 
@@ -178,7 +178,9 @@ def _names(latest: Latest) -> list[str]:
 
 
 def _folded(summary: str, *blocks: str) -> str:
-    return "\n\n".join([f"<details><summary>{summary}</summary>", *blocks, "</details>"])
+    # Without `markdown`, the site shows the tables in it as they are written.
+    opening = f'<details markdown="1"><summary>{summary}</summary>'
+    return "\n\n".join([opening, *blocks, "</details>"])
 
 
 def _markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:

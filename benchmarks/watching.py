@@ -1,4 +1,4 @@
-"""Measures what watching costs: running counts in a training step, and `ExpertMonitor` in `fit`.
+"""Measures the cost of running counts in a training step, and of `ExpertMonitor` in `fit`.
 
     python -m benchmarks.watching --backend jax
 
@@ -64,7 +64,7 @@ def block(sizes: Sizes) -> Any:
 
 
 def without_counts(model: Any) -> Any:
-    """The model, whose `MoE` counts no more."""
+    """Returns the model with the counting of its `MoE` turned off."""
     model.get_layer("moe")._counts.add = lambda *_: None
     return model
 
@@ -116,7 +116,7 @@ def _ratios(steps: dict[str, Any], rounds: int, clock: Clock) -> dict[str, Summa
     durations = {name: timing.warm_up(step, clock) for name, step in steps.items()}
     samples = timing.alternate(steps, durations, rounds, seconds=3600, clock=clock)
     plain = samples.pop(_PLAIN)
-    return {name: paired_ratio(each, plain) for name, each in samples.items()}
+    return {name: paired_ratio(seconds, plain) for name, seconds in samples.items()}
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -148,10 +148,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{parsed.backend}, {known['device']['name']}, load {known['device']['load_before']}")
     print(f"{sizes}, commit {known['commit'].get('hash', 'unknown')[:10]}")
     print("| what | with / without | quartiles | rounds | below 1.02 |\n|---|---|---|---|---|")
-    for name, found in results.items():
-        quartiles = f"{found.lower_quartile:.3f} to {found.upper_quartile:.3f}"
-        is_met = "yes" if found.median < LIMIT else "no"
-        print(f"| {name} | {found.median:.3f} | {quartiles} | {found.n} | {is_met} |")
+    for name, ratio in results.items():
+        quartiles = f"{ratio.lower_quartile:.3f} to {ratio.upper_quartile:.3f}"
+        is_met = "yes" if ratio.median < LIMIT else "no"
+        print(f"| {name} | {ratio.median:.3f} | {quartiles} | {ratio.n} | {is_met} |")
     return 0
 
 

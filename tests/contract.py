@@ -1,7 +1,8 @@
 """The contract that every layer of keras_moe keeps, on every backend.
 
 A superset of Keras's own `run_layer_test`. A new layer joins by adding a `Case` to
-`tests/layers/test_contract.py`; the checks below then hold it to DESIGN.md's invariants.
+`tests/layers/test_contract.py`; the checks below then hold it to what
+`docs/design/architecture.md` says always holds.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""How each backend runs a layer: compiled as its users compile it, and waited for."""
+"""Backends that run a layer as their users compile it, and wait for the results."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Engine(Protocol):
         ...
 
     def memory(self, layer: Any, contender: Contender, which: str) -> int | None:
-        """Bytes a step needs beyond weights, inputs and gradients; None if this does not know."""
+        """Bytes that a step needs beyond weights, inputs and gradients; None if unknown."""
         ...
 
     def forget(self) -> None:

@@ -58,7 +58,7 @@ def _function(
         result, state, losses = layer.stateless_call(
             trainable, fixed, inputs, training=True, return_losses=True
         )
-        squares = sum(jnp.mean(jnp.square(each)) for each in outputs_of(result))
+        squares = sum(jnp.mean(jnp.square(output)) for output in outputs_of(result))
         # The new state is returned, as `fit` does, or XLA would leave its computation out.
         return squares.astype("float32") + sum(losses), state
 

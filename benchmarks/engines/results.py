@@ -1,4 +1,4 @@
-"""What layers return, and what is differentiated."""
+"""Outputs of layers, and the loss that is differentiated."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ class TensorFlowEngine:
             with tf.GradientTape() as tape:
                 tape.watch(inputs)
                 outputs = outputs_of(layer(inputs, training=True))
-                squares = tf.add_n([tf.reduce_mean(tf.square(each)) for each in outputs])
+                squares = tf.add_n([tf.reduce_mean(tf.square(output)) for output in outputs])
                 loss = tf.add_n([tf.cast(squares, "float32"), *layer.losses])
             return tape.gradient(loss, [inputs, *weights])
 
@@ -53,7 +53,7 @@ class TensorFlowEngine:
         return run
 
     def memory(self, layer: Any, contender: Contender, which: str) -> int | None:
-        """By the allocator's own count, of a warm step."""
+        """Reads the allocator's count of a warm step."""
         device = "GPU:0" if self._on_gpu else "CPU:0"
         step = self.step(layer, contender, which)
         step()
@@ -65,7 +65,7 @@ class TensorFlowEngine:
         return peak - before - weight_bytes(layer)
 
     def forget(self) -> None:
-        """Every step is a new function, which nothing compiled before serves."""
+        """Does nothing: every step is a new function."""
 
     def device(self) -> tuple[str, str | None]:
         gpus = tf.config.list_physical_devices("GPU")

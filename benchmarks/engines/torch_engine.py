@@ -34,7 +34,7 @@ class TorchEngine:
         def loss(inputs: Any) -> Any:
             result = layer(inputs, training=True) if is_keras else layer(inputs)
             losses = layer.losses if is_keras else contender.losses_of(result)
-            squares = sum(each.square().mean() for each in outputs_of(result))
+            squares = sum(output.square().mean() for output in outputs_of(result))
             return squares.float() + sum(losses)
 
         function = forward if which == FORWARD else loss
@@ -55,7 +55,7 @@ class TorchEngine:
         return run_forward if which == FORWARD else run_gradient
 
     def memory(self, layer: Any, contender: Contender, which: str) -> int | None:
-        """By the allocator's own count on a GPU; a CPU has none."""
+        """Reads the allocator's count on a GPU; None on a CPU."""
         if not torch.cuda.is_available():
             return None
         step = self.step(layer, contender, which)

@@ -1,4 +1,4 @@
-"""How each kind of row is built: one module per kind, each with a `case(row, options)`."""
+"""Kinds of rows: one module per kind, with a function `case(row, options)`."""
 
 from __future__ import annotations
 

@@ -28,7 +28,8 @@ def case(row: Row, options: Options) -> Case:
     layers = ours.contenders(sizes, inputs, options.dispatchers, row.capacity_factor)
     reading = Contender(READING, lambda: references.dense_ffn(sizes.width, hidden), inputs[:1])
     comparisons = [
-        Comparison(each.name, READING, row.limits if each.name == OURS else {}) for each in layers
+        Comparison(layer.name, READING, row.limits if layer.name == OURS else {})
+        for layer in layers
     ]
     facts |= ours.plan_facts(sizes, row.capacity_factor)
     facts["weight_bytes"] = 2 * sizes.width * hidden * _FLOAT_BYTES

@@ -25,7 +25,7 @@ def case(row: Row, options: Options) -> Case:
     active = sizes.top_k * sizes.hidden
     layers = ours.contenders(sizes, inputs, options.dispatchers, row.capacity_factor)
     comparisons = [
-        Comparison(each.name, DENSE, row.limits if each.name == OURS else {}) for each in layers
+        Comparison(layer.name, DENSE, row.limits if layer.name == OURS else {}) for layer in layers
     ]
     contenders = [
         *layers,

@@ -48,7 +48,7 @@ def case(row: Row, options: Options) -> Case:
         Contender(EXPERTS, lambda: _bank(sizes), _sorted_rows(sizes)),
     ]
     dense = Contender(DENSE, lambda: references.dense_ffn(sizes.width, active), inputs)
-    comparisons = [Comparison(each.name, DENSE) for each in [*layers, *parts]]
+    comparisons = [Comparison(part.name, DENSE) for part in [*layers, *parts]]
     facts = {**load_facts(inputs, sizes), **ours.plan_facts(sizes, row.capacity_factor)}
     return Case([*layers, *parts, dense], comparisons, PASSES, facts)
 

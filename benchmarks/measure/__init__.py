@@ -1,1 +1,1 @@
-"""What is measured of a case: time, memory, or the time to compile."""
+"""Measurements of a case: time, memory, or the time to compile."""

@@ -1,4 +1,4 @@
-"""Measures all of one row."""
+"""Measurement of one row."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Layers:
     failures: list[dict[str, str]] = dataclasses.field(default_factory=list)
     made: dict[str, Any] = dataclasses.field(default_factory=dict)
 
-    def each(self, which: str, use: Callable[[str, Contender, Any], None]) -> None:
+    def for_each(self, which: str, use: Callable[[str, Contender, Any], None]) -> None:
         """Calls `use(name, contender, layer)` for all contenders that are still in."""
         for name, contender in list(self.contenders.items()):
             try:
@@ -53,13 +53,13 @@ class Layers:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, short enough for a table."""
+    """The first line of an error, short enough for a table."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}"[:300]
 
 
 def measure_row(row: Row, engine: Engine, options: Options) -> dict[str, Any]:
-    """Everything that is stored of a row: sizes, facts, and a line per comparison and pass."""
+    """Measures a row: sizes, facts, and a line per comparison and pass."""
     case = build_case(row, options)
     layers = Layers({contender.name: contender for contender in case.contenders})
     measure = {"memory": _memory, "compile": _compile}.get(row.kind, _times)
@@ -88,7 +88,7 @@ def _times(row: Row, layers: Layers, engine: Engine, which: str, options: Option
         durations[name] = timing.warm_up(step)
         steps[name] = step
 
-    layers.each(which, warm)
+    layers.for_each(which, warm)
     return timing.alternate(steps, durations, options.repeats, options.seconds)
 
 
@@ -102,7 +102,7 @@ def _memory(row: Row, layers: Layers, engine: Engine, which: str, options: Optio
         samples[name].append(float(size))
 
     for _ in range(min(options.repeats, _MEMORY_REPEATS)):
-        layers.each(which, take)
+        layers.for_each(which, take)
         if all(len(sizes) > 1 and sizes[-1] == sizes[-2] for sizes in samples.values()):
             break  # what a compiler reserves is the same each time
     return samples
@@ -119,7 +119,7 @@ def _compile(row: Row, layers: Layers, engine: Engine, which: str, options: Opti
         samples[name].append(seconds)
 
     for _ in range(min(options.repeats, _COMPILE_REPEATS)):
-        layers.each(which, take)
+        layers.for_each(which, take)
     return samples
 
 

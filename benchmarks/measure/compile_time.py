@@ -1,4 +1,4 @@
-"""How long compiling takes: a first call of a new function, less a second one."""
+"""Time to compile: a first call of a new function, less a second one."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ PREFIX = "peak bytes: "
 
 
 def peak_of_step(step: Step) -> int:
-    """How far the resident memory of this process rises while a warm step runs, in bytes."""
+    """The rise of this process's resident memory while a warm step runs, in bytes."""
     _RESET.write_text(_RESET_PEAK)
     before = _kibibytes("VmRSS")
     step()

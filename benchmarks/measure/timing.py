@@ -23,7 +23,7 @@ def warm_up(step: Step, clock: Callable[[], float] = time.perf_counter) -> float
 
 
 def rounds_within(seconds: float, repeats: int, once: float) -> int:
-    """How many rounds a function of duration `once` takes part in, to keep to its time."""
+    """The number of rounds for a function of duration `once`, within its share of the time."""
     return min(repeats, max(FEWEST_ROUNDS, int(seconds / max(once, SHORTEST_SAMPLE))))
 
 

@@ -1,4 +1,4 @@
-"""Other libraries' layers, where they are installed and run on the backend.
+"""Other libraries' layers that are installed and run on the backend.
 
 Only imports and calls: none of their code is here. They are imported late, when a contender is
 made, so that one that does not import is reported beside the others' numbers.

@@ -1,4 +1,4 @@
-"""What torch modules of other libraries need before they can be timed."""
+"""Preparation of other libraries' torch modules for timing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether the experts live: in the progress bar, in the history, in files, and as alarms."""
+"""Health of the experts in the progress bar, the history and files, and as alarms."""
 
 import warnings
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from keras_moe.inspection.mixtures import named_layers
 
 @keras.saving.register_keras_serializable(package="keras_moe")
 class ExpertMonitor(keras.callbacks.Callback):
-    """Shows how each mixture layer does in `fit`, and warns where its experts do not live.
+    """Shows the health of each mixture layer in `fit`, and warns where experts are dead.
 
     For each layer that counts (`MoE`, `SwitchFFN`, `SoftMoE`, `MMoE`, at any depth of the model),
     over the epoch so far, padding excluded. By default in the progress bar and in `history`:
@@ -52,9 +52,9 @@ class ExpertMonitor(keras.callbacks.Callback):
     many drops, gates that take one expert alone.
 
     Args:
-        every: Positive integer, the batches between two looks at the counts; the end of an epoch
-            is always looked at. A look waits for the device, and on JAX brings home the state of
-            the whole model. Defaults to `10`.
+        every: Positive integer, the batches between two reads of the counts, which are also read
+            at the end of an epoch. Reading waits for the device, and on JAX copies the state of the
+            whole model. Defaults to `10`.
         metrics: Names of what is shown, or `"all"`. Defaults to `None`, for the first three.
         alarms: Whether to warn. Defaults to `True`.
         csv: Optional path of a file with a line per epoch and a column per number. Defaults to
@@ -187,4 +187,4 @@ def _metric_names(metrics: str | Sequence[str] | None) -> tuple[str, ...]:
 
 
 def _nothing() -> None:
-    """Stands in where the trainer has no state to bring home."""
+    """Does nothing, for trainers without a state to copy back."""

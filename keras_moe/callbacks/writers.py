@@ -1,4 +1,4 @@
-"""Where a monitor's numbers go: files of comma-separated values, of JSON lines, of TensorBoard."""
+"""Writers of a monitor's numbers: comma-separated values, JSON lines, TensorBoard."""
 
 import csv
 import json
@@ -84,7 +84,9 @@ class TensorBoardWriter:
         self._add(self._event(wall_time=time.time(), file_version="brain.Event:2"))
 
     def write(self, epoch: int, scalars: dict[str, float], details: Row) -> None:
-        values = [self._summary.Value(tag=tag, simple_value=each) for tag, each in scalars.items()]
+        values = [
+            self._summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()
+        ]
         summary = self._summary(value=values)
         self._add(self._event(wall_time=time.time(), step=epoch, summary=summary))
 

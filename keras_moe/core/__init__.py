@@ -1,1 +1,1 @@
-"""What everything rests on: records, checks, numerics, initializers, and no backend."""
+"""Foundations without a backend: records, checks, numerics, initializers."""

@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 def fail(expectation: str, **received: Any) -> NoReturn:
-    """Raises a `ValueError` in the form Keras users know: expectation, then what came."""
+    """Raises a `ValueError` in Keras's form: what is expected, then what was received."""
     shown = ", ".join(f"{name}={value!r}" for name, value in received.items())
     raise ValueError(f"{expectation} Received: {shown}")
 

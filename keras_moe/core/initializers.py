@@ -82,7 +82,7 @@ class PerExpertInitializer(keras.initializers.Initializer):
 
 
 def reseeded(initializer: InitializerLike, purpose: str, index: int = 0) -> InitializerLike:
-    """An initializer with a seed of its own for `purpose`; itself where it takes no seed."""
+    """Returns a copy with a seed for `purpose`, or the initializer itself if it takes no seed."""
     if not isinstance(initializer, keras.initializers.Initializer):
         return initializer
     config = initializer.get_config()
@@ -112,7 +112,7 @@ def reseeded_config(config: Any, purpose: str, index: int = 0) -> Any:
 
 
 def derived_seed(seed: int | None, purpose: str, index: int = 0) -> int | None:
-    """A seed of its own for each purpose and index; None, for a random one, stays None."""
+    """Derives a seed for a purpose and an index. None, for a random seed, stays None."""
     if seed is None:
         return None
     entropy = [seed % 2**32, *purpose.encode(), index]

@@ -1,4 +1,4 @@
-"""Small numerical functions that Keras has not, or not quite."""
+"""Small numerical functions that Keras lacks."""
 
 from fractions import Fraction
 
@@ -12,7 +12,7 @@ _LARGEST_DENOMINATOR = 10_000  # of slots per token
 
 
 def as_float(inputs: Tensor, dtype: str) -> Tensor:
-    """Integers and bools in a dtype of floats, as `Dense` takes them; floats as they are."""
+    """Casts integers and bools to a dtype of floats, as `Dense` does. Floats stay as they are."""
     is_float = keras.backend.is_float_dtype(keras.backend.standardize_dtype(inputs.dtype))
     return inputs if is_float else ops.cast(inputs, dtype)
 

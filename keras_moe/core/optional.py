@@ -1,4 +1,4 @@
-"""Importing what an extra brings, and saying what is missing."""
+"""Imports of optional packages, with errors that say what to install."""
 
 from importlib import import_module
 from typing import Any
@@ -8,7 +8,7 @@ def import_of_extra(extra: str, user: str, module: str) -> Any:
     """Imports a module of an optional package.
 
     Args:
-        extra: the extra of ours that brings the package.
+        extra: the extra in pyproject.toml that installs the package.
         user: who needs it, in the words of the message.
         module: the module's full name.
 
@@ -22,7 +22,8 @@ def import_of_extra(extra: str, user: str, module: str) -> Any:
         missing = (error.name or "").partition(".")[0]
         say = f"{user} needs `{package}`"
         if missing == package:
-            say += f': pip install "keras-moe[{extra}]"'
+            say += f': install keras_moe with its extra "{extra}", '
+            say += f'in a clone `pip install ".[{extra}]"`'
         else:
             say += f", which is installed; `{missing}`, which it imports, is not"
         raise ImportError(say, name=error.name) from error

@@ -1,4 +1,4 @@
-"""The record that passes from a router to a dispatcher: who goes where, with which weight."""
+"""The records of decisions: what a router passes to a dispatcher, and what layers return."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ from keras_moe.core.types import Tensor
 
 
 class Routing(NamedTuple):
-    """What a token-choice router decided. A keras tree, so it survives `jit` and `Model`.
+    """Decision of a token-choice router: a Keras tree, so it passes through `jit` and `Model`.
 
     Routers and dispatchers see flat tokens, `(N, ...)`. A layer called with `return_routing=True`
     returns the record with the token axes of its inputs, `(batch, ..., k)`, or `(batch, k)` where
@@ -36,8 +36,8 @@ class SoftRouting(NamedTuple):
     """The mixing weights of `SoftMoE`, `(batch, tokens, E, P)` each, all float32.
 
     Attributes:
-        dispatch: the share of each token in each slot's input; sums to 1 over the tokens. Of a
-            causal layer, `(batch, tokens, tokens, E, P)`: entry [b, n, m] is the share of token m
+        dispatch: the share of each token in each slot's input; sums to 1 over the tokens. In a
+            causal layer `(batch, tokens, tokens, E, P)`: entry [b, n, m] is the share of token m
             in the slots that token n reads, 0 for m > n.
         combine: the share of each slot's output in each token; sums to 1 over all slots.
         logits: the scores both are a softmax of; zeros where nothing is scored (see `mixing`).

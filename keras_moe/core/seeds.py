@@ -1,4 +1,4 @@
-"""Random states that are saved with the model, so that training goes on as if never interrupted."""
+"""Random states that are saved with the model, so that training resumes exactly."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Sizes of axes: an int, or what stands for an unknown one.
+"""Sizes of axes: integers, or tensors and symbols for unknown ones.
 
 In a TensorFlow graph that is a scalar tensor. While JAX or PyTorch traces a model for export, and
 while Keras infers a shape on JAX, it is a symbol, which knows integer arithmetic and no more.
@@ -22,7 +22,7 @@ def as_tensor(size: Size, dtype: str) -> Tensor:
 
 
 def at_least(size: Size, least: int) -> Size:
-    """The larger one of a size and a number; a symbol is taken to be large enough."""
+    """The larger one of a size and a number. A symbol counts as large enough."""
     if isinstance(size, int):
         return max(size, least)
     return size if is_symbolic(size) else ops.maximum(size, least)

@@ -1,4 +1,4 @@
-"""What a model computes for one example."""
+"""The FLOPs of a model for one example."""
 
 from fractions import Fraction
 from typing import Any
@@ -75,10 +75,10 @@ def _inputs_of_one_example(model: keras.layers.Layer, input_shape: Any) -> Any:
 
 
 def _check_shapes(input_shape: Any) -> None:
-    """Fails where it is not a structure of shapes; unknown sizes are for what comes after."""
-    sizes = [each for each in keras.tree.flatten(input_shape) if each is not None]
+    """Fails if the argument is no structure of shapes. Unknown sizes are checked later."""
+    sizes = [size for size in keras.tree.flatten(input_shape) if size is not None]
     is_structure = isinstance(input_shape, tuple | list | dict)
-    if not is_structure or not all(isinstance(each, int) and each >= 0 for each in sizes):
+    if not is_structure or not all(isinstance(size, int) and size >= 0 for size in sizes):
         checks.fail(
             "`input_shape` must be a shape, such as (10, 16), or a dict or list of shapes.",
             input_shape=input_shape,
@@ -100,7 +100,7 @@ def _with_known_batch_and_dtype(inputs: Any, known: Any) -> Any:
 
 
 def _known_inputs(model: keras.layers.Layer) -> Any:
-    """The symbolic inputs of a functional or sequential model, None of others."""
+    """The symbolic inputs of a functional or sequential model, None for other models."""
     if isinstance(model, keras.Sequential):
         return model.inputs[0] if model.inputs else None
     return getattr(model, "input", None)

@@ -45,7 +45,7 @@ def active_parameters(model: keras.layers.Layer) -> int:
 
 
 def _collect(layer: keras.layers.Layer, share: Fraction, active: dict[int, Fraction]) -> None:
-    """Adds a layer's weights by id, each with the largest share that any place gives it."""
+    """Adds a layer's weights by id, with the largest share in which any layer uses them."""
     for weight in layer._trainable_variables:  # trainable by birth, frozen or not
         size = share * math.prod(weight.shape)
         active[id(weight)] = max(size, active.get(id(weight), Fraction(0)))

@@ -45,7 +45,7 @@ def count_products(layer: keras.layers.Layer, *inputs: Any, **arguments: Any) ->
 
 @functools.singledispatch
 def layer_flops(layer: keras.layers.Layer, *inputs: Any, **arguments: Any) -> int:
-    """FLOPs of one call, of which sparse layers count the experts that a token goes to.
+    """Counts the FLOPs of one call; in sparse layers, those of the experts that a token goes to.
 
     A layer without a rule of its own is followed into its call (see `count_products`). A rule is
     needed where that is not what the layer takes for one example, as in `MoE`, or where it
@@ -86,7 +86,7 @@ _WITHOUT_RULE = layer_flops.dispatch(object)
 
 
 def find_rule(layer: keras.layers.Layer) -> tuple[Callable[..., int] | None, bool]:
-    """A layer's rule, or None to follow its call; and whether a matrix with no product is right."""
+    """Returns a layer's rule, or None to follow its call; and whether it may multiply nothing."""
     rule = layer_flops.dispatch(type(layer))
     is_followed = rule in (_WITHOUT_RULE, count_products)
     return None if is_followed else rule, rule is not _WITHOUT_RULE

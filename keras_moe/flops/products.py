@@ -6,7 +6,7 @@ from typing import Any
 
 from keras_moe.core.types import Tensor
 
-# Of the output's shape and the operation's own arguments.
+# A rule gets the output's shape and the operation's arguments.
 Formula = Callable[..., int]
 
 

@@ -40,7 +40,7 @@ def traced_flops(
     find_rule: FindRule,
     trusts_layer: bool,
 ) -> int:
-    """FLOPs of the products of `layer(*inputs, **arguments)`.
+    """Counts the FLOPs of the products of `layer(*inputs, **arguments)`.
 
     The call is traced on shapes alone, as Keras does to find an output's shape: nothing is
     computed, and what layers count or add as a loss is thrown away.
@@ -78,8 +78,8 @@ def traced_flops(
 
 
 def check_sizes(inputs: Any) -> None:
-    """Fails where a size is not known: some backends would take any number for it."""
-    shapes = [tuple(each.shape) for each in keras.tree.flatten(inputs) if _is_tensor(each)]
+    """Fails if a size is unknown: some backends would put any number in its place."""
+    shapes = [tuple(leaf.shape) for leaf in keras.tree.flatten(inputs) if _is_tensor(leaf)]
     if any(None in shape for shape in shapes):
         checks.fail("`inputs` must have known sizes.", shapes=shapes)
 
@@ -121,7 +121,7 @@ class _Trace:
         return outputs
 
     def product(self, function: Any, args: Any, kwargs: Any, formula: Formula) -> Any:
-        """Counts a product; those inside of another are how the backend does that one."""
+        """Counts a product. Products inside another one belong to it."""
         if self._is_in_product:
             return function(*args, **kwargs)
         self._is_in_product = self._has_product = True
@@ -144,7 +144,7 @@ class _Trace:
             self._loop = outer
 
     def _apply(self, rule: Rule, layer: Any, args: Any, kwargs: Any) -> Any:
-        """Counts by the rule, and hands on zeros of the shape of the layer's output."""
+        """Counts by the rule, and returns zeros of the shape of the layer's output."""
         first = next(iter((*args, *kwargs.values())))
         masks = keras.tree.map_structure(backend.get_keras_mask, first)
         args, kwargs = keras.tree.map_structure(_as_spec, (args, kwargs))
@@ -202,7 +202,7 @@ def _is_tensor(value: Any) -> bool:
 
 
 def _as_spec(value: Any) -> Any:
-    """A tensor's shape and dtype; anything else as it is."""
+    """Replaces a tensor by its shape and dtype; anything else stays as it is."""
     if not _is_tensor(value):
         return value
     dtype = keras.backend.standardize_dtype(value.dtype)

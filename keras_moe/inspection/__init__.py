@@ -1,1 +1,1 @@
-"""Finding, recording and judging what the mixtures of a model do."""
+"""Search, records and health of the mixtures of a model."""

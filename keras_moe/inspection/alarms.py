@@ -1,4 +1,4 @@
-"""What is wrong with a layer's experts, and what to try."""
+"""Alarms: what is wrong with a layer's experts, and what to try."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -16,11 +16,11 @@ _POLARISED = 0.9
 
 
 class ExpertAlarm(UserWarning):
-    """A mixture that does not do well, with what to try."""
+    """Warning about a mixture whose experts are in trouble, with what to try."""
 
 
 class Alarm(NamedTuple):
-    """One thing that is wrong.
+    """One problem of a layer.
 
     Attributes:
         kind: "dead", "collapse", "saturation", "drops" or "polarisation".
@@ -32,13 +32,13 @@ class Alarm(NamedTuple):
 
 
 def can_be_judged(amounts: Any) -> bool:
-    """Whether there are several experts, and so much was counted that chance alone is ruled out."""
+    """Whether there are several experts, and enough was counted to rule out chance."""
     num_experts = amounts.shape[-1]
     return bool(num_experts > 1 and amounts.sum(axis=-1).min() >= _ENOUGH * num_experts)
 
 
 def alarms(layer: Any, counts: Counts) -> Iterator[Alarm]:
-    """What is wrong with a layer, from what it counted in some time, such as an epoch."""
+    """Returns the problems of a layer, from its counts over some time, such as an epoch."""
     measure, amounts = amounts_of(counts)
     num_experts = amounts.shape[-1]
     if not can_be_judged(amounts):
@@ -85,14 +85,14 @@ def _polarised(layer: Any, amounts: Any) -> Iterator[Alarm]:
         return
     shares = shares_of(amounts)
     names = task_names(layer)
-    found = [
+    polarised = [
         f"{names[task]!r} (expert {row.argmax()})"
         for task, row in enumerate(shares)
         if row.max() > _POLARISED
     ]
-    if found:
+    if polarised:
         yield Alarm(
             "polarisation",
-            f"Gates that take one expert alone: {', '.join(found)}. Try `gate_dropout=0.1`, or a "
-            "lower learning rate of the gates.",
+            f"Gates that take one expert alone: {', '.join(polarised)}. Try `gate_dropout=0.1`, or "
+            "a lower learning rate of the gates.",
         )

@@ -1,4 +1,4 @@
-"""Numbers that say how a layer's experts do, from what the layer has counted."""
+"""Health metrics of a layer's experts, from the layer's counts."""
 
 from collections.abc import Callable, Collection
 from typing import Any, TypeAlias
@@ -38,7 +38,7 @@ def health(
         wanted: some of `NAMES`.
 
     Returns:
-        Floats by name. Of `MMoE`, means over the tasks; its dead experts are those of every task.
+        Floats by name. For `MMoE` they are means over tasks; its dead experts are dead for all.
     """
     measure, amounts = amounts_of(counts)
     mean = np.maximum(amounts.mean(axis=-1), _TINY)
@@ -63,7 +63,7 @@ def health(
 
 
 def _of_slots(counts: Counts) -> dict[str, Callable[[], Any]]:
-    """How unequally tokens use slots, and slots tokens; 1 is the mean."""
+    """How unequal slots and tokens are in their use of each other; 1 is the mean."""
     slots = np.asarray(counts["slot_importance"])
     mean, sequences = max(slots.mean(), _TINY), max(float(counts["sequences"]), 1.0)
     return {
@@ -75,26 +75,26 @@ def _of_slots(counts: Counts) -> dict[str, Callable[[], Any]]:
 
 
 def amounts_of(counts: Counts) -> tuple[str, Any]:
-    """ "load" or "importance", and it, `(tasks, E)`, of one task where there are none."""
+    """Returns "load" or "importance", and its values `(tasks, E)`, one row without tasks."""
     measure = "load" if "load" in counts else "importance"
     return measure, np.atleast_2d(counts[measure])
 
 
 def shares_of(amounts: Any) -> Any:
-    """Each expert's share, `(tasks, E)`; equal ones where nothing was counted."""
+    """The share of each expert, `(tasks, E)`; equal shares where nothing was counted."""
     total = amounts.sum(axis=-1, keepdims=True)
     even = np.full(amounts.shape, 1.0 / amounts.shape[-1])
     return np.where(total > 0, amounts / np.maximum(total, _TINY), even)
 
 
 def used_experts(amounts: Any) -> Any:
-    """exp(entropy of the experts' shares) `(tasks,)`: how many experts of equal use they are."""
+    """exp(entropy of the experts' shares) `(tasks,)`: the number of experts in use."""
     shares = shares_of(amounts)
     return np.exp(-np.sum(shares * np.log(np.maximum(shares, _TINY)), axis=-1))
 
 
 def dead_experts(amounts: Any) -> list[int]:
-    """The experts that get less than a hundredth of their share, from every task."""
+    """The experts that get less than 1 % of their fair share from every task."""
     shares = shares_of(amounts)
     return [int(e) for e in np.flatnonzero((shares < _DEAD / shares.shape[-1]).all(axis=0))]
 

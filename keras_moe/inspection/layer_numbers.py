@@ -1,4 +1,4 @@
-"""All numbers that are shown of a layer, under the names they are shown by."""
+"""Collects a layer's health metrics by display name."""
 
 from collections.abc import Collection
 from typing import Any
@@ -9,7 +9,7 @@ from keras_moe.inspection.health import NAMES, Counts, health
 
 
 def layer_numbers(layer: Any, counts: Counts, wanted: Collection[str] = NAMES) -> dict[str, float]:
-    """The numbers of a layer, of what it counted and of its weights.
+    """Returns the metrics of a layer, from its counts and its weights.
 
     Args:
         layer: a mixture layer.
@@ -34,13 +34,13 @@ def has_capacity(layer: Any) -> bool:
 
 
 def task_names(layer: Any) -> list[str]:
-    """What the tasks of a multi-gate layer are called; "task_0" and so on where it counts them."""
+    """The names of a multi-gate layer's tasks; "task_0" and so on where it has a count."""
     tasks = layer.tasks
     return [f"task_{task}" for task in range(tasks)] if isinstance(tasks, int) else list(tasks)
 
 
 def _slot_cosine(cosines: Any) -> dict[str, float]:
-    """The mean over pairs of slots; of one slot, and where slots have no vectors, there is none."""
+    """The mean over pairs of slots, or None for a single slot and for slots without vectors."""
     if cosines is None or len(cosines) == 1:
         return {}
     return {"slot_cosine": float(cosines[~np.eye(len(cosines), dtype=bool)].mean())}

@@ -1,4 +1,4 @@
-"""Finding the mixture layers of a model, and telling them apart."""
+"""Search for the mixture layers of a model, and their names."""
 
 from collections import Counter
 from typing import Any
@@ -7,22 +7,22 @@ from keras_moe.core import checks
 
 
 def mixture_layers(model: Any) -> list[Any]:
-    """All built layers of a model, nested ones too, that keep running counts, in its order."""
-    found: dict[int, Any] = {}
-    _collect(checks.keras_layer("model", model), found)
+    """Returns the built layers of a model that count, nested ones too, in the model's order."""
+    layers: dict[int, Any] = {}
+    _collect(checks.keras_layer("model", model), layers)
     return [
         layer
-        for layer in found.values()
+        for layer in layers.values()
         if callable(getattr(layer, "running_counts", None)) and layer.built
     ]
 
 
-def _collect(layer: Any, found: dict[int, Any]) -> None:
+def _collect(layer: Any, layers: dict[int, Any]) -> None:
     """Adds a layer and what it holds, once each; Keras's own list has nested layers backwards."""
-    if id(layer) not in found:
-        found[id(layer)] = layer
+    if id(layer) not in layers:
+        layers[id(layer)] = layer
         for sublayer in layer._flatten_layers(include_self=False, recursive=False):
-            _collect(sublayer, found)
+            _collect(sublayer, layers)
 
 
 def unique_names(layers: list[Any]) -> list[tuple[str, Any]]:

@@ -1,4 +1,4 @@
-"""Who went where, in the calls of a whole model."""
+"""Records of the routing in the calls of a whole model."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -52,7 +52,7 @@ def record_routing(model: Any) -> Iterator[dict[str, list[Any]]]:
 
 @contextmanager
 def listening(layer: Any, listener: Callable[[Any], None]) -> Iterator[None]:
-    """Hands the record of each call of a mixture layer to a function, as it hands it to others."""
+    """Passes the record of every call of a mixture layer to a function."""
     before = layer.recorder
 
     def both(record: Any) -> None:
@@ -81,16 +81,16 @@ def count_routing(model: Any) -> Iterator[dict[str, dict[str, Any]]]:
     Raises:
         ValueError: where the model is none, or has no mixture layer that is built.
     """
-    found: dict[str, dict[str, Any]] = {}
+    counts: dict[str, dict[str, Any]] = {}
     with ExitStack() as restored:
         counting = [
             (name, layer, restored.enter_context(_counting(layer)))
             for name, layer in _named_mixtures(model)
         ]
-        yield found
+        yield counts
         for name, layer, before in counting:
             now = layer.running_counts()
-            found[name] = {key: value - before[key] for key, value in now.items()}
+            counts[name] = {key: value - before[key] for key, value in now.items()}
 
 
 @contextmanager
@@ -99,7 +99,10 @@ def _counting(layer: Any) -> Iterator[dict[str, Any]]:
     if layer.counts_always:  # for a context around this one, which wants these calls too
         yield layer.running_counts()
         return
-    before = [(each, ops.convert_to_numpy(each).copy()) for each in layer._non_trainable_variables]
+    before = [
+        (variable, ops.convert_to_numpy(variable).copy())
+        for variable in layer._non_trainable_variables
+    ]
     layer.counts_always = True
     layer.reset_running_counts()  # small sums keep their digits
     try:

@@ -1,4 +1,4 @@
-"""What the layers of a model decide about data, as arrays for a picture."""
+"""Decisions of a model's layers about data, as arrays for pictures."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -11,15 +11,15 @@ from keras_moe.core import checks
 from keras_moe.inspection.mixtures import named_layers, one_layer
 from keras_moe.inspection.recording import record_routing
 
-# What is read of a layer that sends tokens to experts, and of one that mixes them into slots.
+# The fields that are read from sparse layers, and from layers that mix tokens into slots.
 SPARSE = ("experts", "weights", "kept")
 SOFT = ("combine",)
-# And of the gates of tasks, whose weights are for every expert.
+# The field of gates of tasks, whose weights are for every expert.
 GATES = ("weights",)
 
 
 class Record(NamedTuple):
-    """What a layer decides about some data, in one of its calls.
+    """Decisions of a layer about some data, in one of its calls.
 
     Attributes:
         layer: the layer.
@@ -31,7 +31,7 @@ class Record(NamedTuple):
 
 
 def records_of(model: Any, x: Any, batch_size: int, *kinds: tuple[str, ...]) -> dict[str, Record]:
-    """What the mixture layers decide about `x`, batches joined.
+    """Returns what the mixture layers decide about `x`, with batches joined.
 
     Args:
         model: A built model.
@@ -52,57 +52,57 @@ def records_of(model: Any, x: Any, batch_size: int, *kinds: tuple[str, ...]) -> 
             for number, record in enumerate(calls, start=1):
                 fields = next((kind for kind in kinds if _has(record, kind)), None)
                 if fields is not None:
-                    found = {field: getattr(record, field) for field in fields}
-                    parts.setdefault((name, number), []).append(found)
+                    arrays = {field: getattr(record, field) for field in fields}
+                    parts.setdefault((name, number), []).append(arrays)
     several = {name for name, number in parts if number > 1}
     return {
         f"{name} (call {number})" if name in several else name: Record(
             layers[name],
-            {field: np.concatenate([each[field] for each in found]) for field in found[0]},
+            {field: np.concatenate([part[field] for part in batches]) for field in batches[0]},
         )
-        for (name, number), found in parts.items()
+        for (name, number), batches in parts.items()
     }
 
 
 def _batches(x: Any, batch_size: int) -> Iterator[Any]:
     checks.positive_int("batch_size", batch_size)
     arrays = _arrays(x)
-    if not all(len(getattr(each, "shape", ())) for each in arrays):
+    if not all(len(getattr(array, "shape", ())) for array in arrays):
         checks.fail(
             "`x` must be an array, or a dict or list of arrays.",
-            types=sorted({type(each).__name__ for each in arrays}),
+            types=sorted({type(array).__name__ for array in arrays}),
         )
-    counts = {len(each) for each in arrays}
+    counts = {len(array) for array in arrays}
     if len(counts) != 1 or 0 in counts:
         checks.fail(
             "`x` must have at least one example, and as many in each array.",
-            shapes=[tuple(each.shape) for each in arrays],
+            shapes=[tuple(array.shape) for array in arrays],
         )
     x = keras.tree.map_structure(
-        lambda each: each if ops.is_tensor(each) else np.asarray(each), x, none_is_leaf=False
+        lambda leaf: leaf if ops.is_tensor(leaf) else np.asarray(leaf), x, none_is_leaf=False
     )
     for start in range(0, counts.pop(), batch_size):
         yield examples_at(x, slice(start, start + batch_size))
 
 
 def _arrays(x: Any) -> list[Any]:
-    """The inputs one by one, but for optional ones that are not given."""
-    return [each for each in keras.tree.flatten(x) if each is not None]
+    """The inputs in a list, without optional ones that are None."""
+    return [array for array in keras.tree.flatten(x) if array is not None]
 
 
 def example_count(x: Any) -> int:
-    """How many examples the inputs are."""
+    """The number of examples in the inputs."""
     return len(next(iter(_arrays(x)), ()))
 
 
 def examples_at(x: Any, places: Any) -> Any:
     """Some of the examples, by a slice or their places."""
-    return keras.tree.map_structure(lambda each: each[places], x, none_is_leaf=False)
+    return keras.tree.map_structure(lambda array: array[places], x, none_is_leaf=False)
 
 
 def is_by_example(record: Record, count: int) -> bool:
     """Whether the first axis of what a layer decides is that of the examples."""
-    return all(len(each) == count for each in record.fields.values())
+    return all(len(array) == count for array in record.fields.values())
 
 
 def check_by_example(name: str, record: Record, x: Any) -> None:
@@ -118,15 +118,15 @@ def check_by_example(name: str, record: Record, x: Any) -> None:
 
 
 def takers_of(record: Record) -> Any:
-    """Which experts of a sparse layer take a token, bool `(..., E)`: none that dropped it."""
+    """Marks the experts of a sparse layer that process a token, bool `(..., E)`, without drops."""
     chosen = record.fields["experts"][..., None] == np.arange(record.layer.num_experts)
     return (chosen & record.fields["kept"][..., None]).any(axis=-2)
 
 
 def weights_of(record: Record) -> Any:
-    """What tokens take of each expert, `(..., E)`, 0 where it was not chosen or had no room.
+    """The weight of each expert in a token, `(..., E)`, 0 where it was not chosen or had no room.
 
-    Of a soft layer, the combine weights of the expert's slots together.
+    In a soft layer that is the sum of the combine weights of the expert's slots.
     """
     fields = record.fields
     if "combine" in fields:
@@ -144,10 +144,10 @@ def expert_weights(model: Any, x: Any, layer: str | None, batch_size: int) -> tu
 
 
 def used_by_example(record: Record) -> Any:
-    """How much each example uses each expert, `(n, E)`.
+    """The use of each expert by each example, `(n, E)`.
 
-    That is how many of its tokens an expert gets; of a soft layer and of gates, the weight that
-    its tokens, or its tasks, give it.
+    In a sparse layer that is the number of its tokens that an expert gets. In a soft layer and in
+    gates it is the weight that its tokens, or its tasks, give to an expert.
     """
     if "experts" in record.fields:
         used = takers_of(record)

@@ -1,4 +1,4 @@
-"""What the Transformers share: pre-norm blocks, whose feed-forward layers may be mixtures."""
+"""Pre-norm Transformer blocks, whose feed-forward layers may be mixtures."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ _EPSILON = 1e-6  # of every LayerNorm: Dosovitskiy et al.'s code
 
 @keras.saving.register_keras_serializable(package="keras_moe")
 class Residual(layers.Add):
-    """`keras.layers.Add` of x and what a block adds to it; padding is what it is in x.
+    """Adds a block's output to x. Padding stays as it is in x.
 
     Keras's own would forget it after a feed-forward that knows no masks.
     """
@@ -141,7 +141,7 @@ def mixture_factory(
     arguments: Mapping[str, Any] | None,
     defaults: Config,
 ) -> MakeLayer | None:
-    """Returns what makes the feed-forward of a block, None for the dense one.
+    """Returns the function that makes the feed-forward of a block, None for the dense one.
 
     Args:
         mixtures: the layers that have a name.

@@ -9,7 +9,7 @@ from keras_moe.core.types import Shape, Tensor
 
 
 def masked_mean(x: Tensor, mask: Tensor, dtype: str) -> Tensor:
-    """Averages x `(batch, n, d)` over n where the mask `(batch, n)` is True; zeros where nowhere.
+    """Averages x `(batch, n, d)` over n where the mask `(batch, n)` is True; 0 if it never is.
 
     `keras.layers.GlobalAveragePooling1D` divides by 0 there.
     """

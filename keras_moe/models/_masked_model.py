@@ -14,7 +14,7 @@ class MaskedModel(keras.Model):
 
     Keras's own hands them on, and warns that it does not; it leaves them on the tensors that it was
     called with, so that a later call without a mask would have it; and it takes the masks of a dict
-    of inputs by their order, not by their names. Of a dict, sequences of ids can have a mask.
+    of inputs by their order, not by their names. In a dict, sequences of ids can have a mask.
     """
 
     def call(
@@ -32,13 +32,13 @@ class MaskedModel(keras.Model):
     def _mask_of_each_input(self, mask: Any) -> dict[str, Any]:
         """The masks by name, None where there is none."""
         names = [name for name, spec in sorted(self.input.items()) if _holds_sequences(spec)]
-        given = mask if isinstance(mask, dict) else {None: mask}
-        if any(each is not None and name not in names for name, each in given.items()):
+        masks = mask if isinstance(mask, dict) else {None: mask}
+        if any(value is not None and name not in names for name, value in masks.items()):
             checks.fail(
                 f"`mask` must be a dict of inputs that are sequences of ids, of {names}, to masks.",
                 mask=mask,
             )
-        return {name: given.get(name) for name in self.input}
+        return {name: masks.get(name) for name in self.input}
 
 
 def _holds_sequences(spec: Any) -> bool:

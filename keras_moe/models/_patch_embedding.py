@@ -1,4 +1,4 @@
-"""From images to patches."""
+"""Patches of images as vectors."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What a ranker is told of a user, an item and the moment: one record per input.
+"""Features of a ranker, such as the user, the item and the time: one record per input.
 
 Each record makes its `keras.Input` and turns it into a vector per example. A record of your own, a
 subclass of `Feature`, joins the others by the same three methods.

@@ -22,7 +22,7 @@ class HistoryMean(keras.layers.Layer):
     Call arguments:
         inputs: The vectors `(batch, n, d)` and the ids `(batch, n)`, in a list.
         mask: A mask `(batch, n)` or None for each of them, in a list. Defaults to `None`, which
-            takes those that Keras hands on.
+            takes those that Keras passes on.
 
     Input shape:
         `[(batch, n, d), (batch, n)]`
@@ -51,9 +51,9 @@ class HistoryMean(keras.layers.Layer):
     def call(self, inputs: Any, mask: Any = None) -> Tensor:
         vectors, ids = inputs
         known = ops.not_equal(ids, 0)
-        for each in mask or ():
-            if each is not None:
-                known = ops.logical_and(known, ops.cast(each, "bool"))
+        for input_mask in mask or ():
+            if input_mask is not None:
+                known = ops.logical_and(known, ops.cast(input_mask, "bool"))
         return masked_mean(vectors, known, self.compute_dtype)
 
     def compute_mask(self, inputs: Any, previous_mask: Any) -> None:

@@ -1,4 +1,4 @@
-"""Embeddings that hand on which of their ids are padding."""
+"""Embeddings with a mask of the ids that are padding."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from keras_moe.core.types import Config, Tensor
 
 @keras.saving.register_keras_serializable(package="keras_moe")
 class MaskedEmbedding(keras.layers.Embedding):
-    """`keras.layers.Embedding` that hands on the mask of its ids, and masks an id of your choice.
+    """Embedding layer that passes the mask of its ids on, and can mask an id of your choice.
 
     y[b,n,:]  = embeddings[ids[b,n],:]
     mask[b,n] = ids[b,n] != padding_id, and True in the mask of the ids, if they have one

@@ -1,4 +1,4 @@
-"""The recommender's model: features, a shared layer, experts, a tower per task."""
+"""A recommender's ranking model: features, a shared layer, experts, a tower per task."""
 
 import bisect
 import math
@@ -188,7 +188,7 @@ def _numbered(layer_name: str, index: int) -> str:
 def _is_regularized(feature: Feature, features: Sequence[Feature]) -> bool:
     """A history is regularized if its table is."""
     if isinstance(feature, History):
-        (feature,) = (each for each in features if each.name == feature.of)
+        (feature,) = (other for other in features if other.name == feature.of)
     return feature.is_regularized
 
 

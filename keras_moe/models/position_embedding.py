@@ -11,7 +11,7 @@ from keras_moe.core.types import Config, InitializerLike, Shape, Tensor
 
 @keras.saving.register_keras_serializable(package="keras_moe")
 class PositionEmbedding(keras.layers.Layer):
-    """Adds a learned vector to each place of a sequence.
+    """Adds a learned vector at each position of a sequence.
 
     y[b,n,:] = x[b,n,:] + positions[max(n - start[b], 0),:]
 

@@ -56,7 +56,7 @@ class QKNormAttention(keras.layers.MultiHeadAttention):
         freeze_parts(self)  # Keras makes the projections in `build`, and leaves them trainable
 
     def _compute_attention(self, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Keras's own place to change how attention is computed from the projections."""
+        """Normalises queries and keys, then computes attention as Keras does."""
         return super()._compute_attention(
             self.query_norm(query), self.key_norm(key), *args, **kwargs
         )

@@ -1,4 +1,4 @@
-"""What a multi-task model's gates do."""
+"""A model of the gate weights of another model."""
 
 import inspect
 from typing import Any, Self
@@ -42,7 +42,7 @@ def task_gates(model: keras.layers.Layer, layer: str | None = None) -> keras.Mod
     >>> task_gates(ranker).predict({"x": np.zeros((5, 3))}, verbose=0).shape
     (5, 2, 4)
     """
-    gated = {name: each for name, each in named_layers(model) if isinstance(each, MMoE)}
+    gated = {name: mixture for name, mixture in named_layers(model) if isinstance(mixture, MMoE)}
     name, _ = one_layer(model, gated, layer, "an `MMoE`")
     return _TaskGates(model, name, name=f"{model.name}_gates")
 

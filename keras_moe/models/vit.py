@@ -183,9 +183,9 @@ def _check_patches(input_shape: Sequence[int], patch_size: int) -> None:
         )
 
 
-def _checked_sizes(size: str | None, **given: int | None) -> dict[str, int]:
-    """Returns width, depth, num_heads and mlp_dim, from what was given or else from the size."""
-    sizes = dict(given)
+def _checked_sizes(size: str | None, **parts: int | None) -> dict[str, int]:
+    """Returns width, depth, num_heads and mlp_dim, from the arguments or else from the size."""
+    sizes = dict(parts)
     if size is not None:
         named = VIT_SIZES[checks.one_of("size", size, VIT_SIZES)]
         sizes = {part: named[part] if value is None else value for part, value in sizes.items()}

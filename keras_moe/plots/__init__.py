@@ -1,7 +1,7 @@
-"""Pictures of what experts do: each takes a model and data and returns a matplotlib `Figure`.
+"""Pictures of what experts do: functions of a model and data that return matplotlib figures.
 
-They need matplotlib: `pip install "keras-moe[plot]"`. No window is opened and no global state of
-matplotlib is touched: `figure.savefig("load.png")`.
+They need matplotlib, which the extra `plot` installs. They open no window and change no global
+state of matplotlib. Save a figure with `figure.savefig("load.png")`.
 """
 
 from keras_moe.plots.classes import class_by_expert

@@ -1,4 +1,4 @@
-"""Figures, the same look for all, without pyplot and its global state."""
+"""Figures with a common look, without pyplot and its global state."""
 
 from functools import partial
 from typing import Any
@@ -59,7 +59,7 @@ def numbered(count: int) -> list[str]:
 
 
 def expert_colours(used: Any) -> tuple[list[str], Any]:
-    """Each expert's fill, and whether it is its own, bool `(E,)`.
+    """Returns the fill of each expert, and whether no other expert shares it, bool `(E,)`.
 
     Where there are more experts than fills, the most used ones have one, the others are grey.
 

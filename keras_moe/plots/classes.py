@@ -1,4 +1,4 @@
-"""Which classes an expert is used by."""
+"""Picture of the classes that use each expert."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -30,7 +30,8 @@ def class_by_expert(
 ) -> Any:
     """Draws where the tokens of each class go: classes down, experts across, rows that sum to 1.
 
-    Of `SoftMoE`, the combine weight of the class's tokens, of `MMoE`, its examples' gate weight.
+    For `SoftMoE` a share is of the combine weight of the class's tokens; for `MMoE`, of the gate
+    weight of its examples.
 
     Args:
         model: A built model with a mixture layer.
@@ -47,8 +48,8 @@ def class_by_expert(
         ValueError: on an unknown layer, one whose inputs have other things than the examples on
             their first axis, or labels that are not one integer per example.
     """
-    found = records_of(model, x, batch_size, SPARSE, SOFT, GATES)
-    name, record = one_layer(model, found, layer, "a mixture layer")
+    records = records_of(model, x, batch_size, SPARSE, SOFT, GATES)
+    name, record = one_layer(model, records, layer, "a mixture layer")
     check_by_example(name, record, x)
     used = used_by_example(record)
     labels = np.asarray(y).reshape(-1)
@@ -59,12 +60,12 @@ def class_by_expert(
         )
     classes = list(range(labels.max() + 1 if class_names is None else len(class_names)))
     rows = numbered(len(classes)) if class_names is None else list(class_names)
-    by_class = np.array([used[labels == each].sum(axis=0) for each in classes])
+    by_class = np.array([used[labels == label].sum(axis=0) for label in classes])
     return draw_classes(name, by_class, rows, unit_of(record))
 
 
 def unit_of(record: Record) -> str:
-    """What a class's shares are of."""
+    """The unit of a class's shares."""
     return "share of the class's " + ("tokens" if "experts" in record.fields else "weight")
 
 

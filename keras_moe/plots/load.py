@@ -1,4 +1,4 @@
-"""How much each expert gets."""
+"""Pictures of the load of experts."""
 
 import json
 from pathlib import Path

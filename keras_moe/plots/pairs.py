@@ -1,4 +1,4 @@
-"""Experts in pairs: who works with whom, and who is like whom."""
+"""Pictures of pairs: experts with the same tokens, and slots that are alike."""
 
 from typing import Any
 
@@ -27,8 +27,8 @@ def coactivation(model: Any, x: Any, *, layer: str | None = None, batch_size: in
     Raises:
         ValueError: on an unknown layer.
     """
-    found = records_of(model, x, batch_size, SPARSE)
-    name, record = one_layer(model, found, layer, "a layer that sends tokens to experts")
+    records = records_of(model, x, batch_size, SPARSE)
+    name, record = one_layer(model, records, layer, "a layer that sends tokens to experts")
     return draw_pairs(name, record)
 
 
@@ -56,9 +56,9 @@ def slot_similarity(model: Any, *, layer: str | None = None) -> Any:
         ValueError: on an unknown layer.
     """
     soft = {
-        name: each
-        for name, each in named_layers(model)
-        if hasattr(each, "slot_cosines") and each.slot_cosines() is not None
+        name: mixture
+        for name, mixture in named_layers(model)
+        if hasattr(mixture, "slot_cosines") and mixture.slot_cosines() is not None
     }
     return draw_slots(*one_layer(model, soft, layer, "a `SoftMoE` that scores its slots"))
 

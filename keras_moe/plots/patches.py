@@ -1,4 +1,4 @@
-"""Which expert each patch of an image goes to."""
+"""Picture of the expert that each patch of an image goes to."""
 
 import math
 from collections.abc import Sequence
@@ -29,9 +29,9 @@ def patch_experts(
 ) -> Any:
     """Draws images, and below each its patches in the colour of the expert they take most of.
 
-    Of a sparse layer that is the chosen expert of most weight, of `SoftMoE` the one whose slots
+    In a sparse layer that is the chosen expert of most weight, in `SoftMoE` the one whose slots
     have most of the patch's combine weights. Where there are more experts than colours, the most
-    used ones have them, and all have numbers.
+    used ones have a colour, and all have numbers.
 
     Args:
         model: A built model with a `MoE`, `SwitchFFN` or `SoftMoE` layer.
@@ -143,7 +143,7 @@ def _grid_like(tokens: int, size: tuple[int, int]) -> tuple[int, int]:
 
 
 def _used(weights: Any) -> Any:
-    """How many patches take most of an expert, `(E,)`."""
+    """The number of patches that take most of an expert, `(E,)`."""
     best = weights.argmax(axis=-1)[weights.max(axis=-1) > 0]
     return np.bincount(best, minlength=weights.shape[-1])
 

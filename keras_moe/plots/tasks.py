@@ -1,4 +1,4 @@
-"""What each task takes of each expert."""
+"""Picture of the gate weights of tasks."""
 
 from typing import Any
 
@@ -24,9 +24,9 @@ def task_gates(model: Any, x: Any, *, layer: str | None = None, batch_size: int 
     Raises:
         ValueError: on an unknown layer.
     """
-    found = records_of(model, x, batch_size, GATES)
-    found = {name: record for name, record in found.items() if hasattr(record.layer, "num_tasks")}
-    name, record = one_layer(model, found, layer, "an `MMoE`")
+    records = records_of(model, x, batch_size, GATES)
+    gates = {key: value for key, value in records.items() if hasattr(value.layer, "num_tasks")}
+    name, record = one_layer(model, gates, layer, "an `MMoE`")
     return draw_gates(name, record)
 
 

@@ -1,4 +1,4 @@
-"""Which expert each token of a text goes to."""
+"""Picture of the expert that each token of a text goes to."""
 
 import unicodedata
 from collections.abc import Sequence

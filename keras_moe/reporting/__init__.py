@@ -1,4 +1,4 @@
-"""A page about a model's experts."""
+"""HTML report about a model's experts."""
 
 from keras_moe.reporting.report import report
 

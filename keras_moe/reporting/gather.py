@@ -1,4 +1,4 @@
-"""Reading examples from what `fit` would take."""
+"""Examples from any data that `fit` takes."""
 
 import itertools
 from collections.abc import Iterable, Iterator
@@ -25,18 +25,18 @@ def gather(data: Any, max_examples: int) -> tuple[Any, Any]:
     Raises:
         ValueError: where there is no example.
     """
-    found: list[tuple[Any, Any]] = []
+    batches: list[tuple[Any, Any]] = []
     total = 0
     for batch in _batches(data):
         x, y, _ = keras.utils.unpack_x_y_sample_weight(batch)
-        found.append(keras.tree.map_structure(np.asarray, (x, y), none_is_leaf=False))
-        total += example_count(found[-1][0])
+        batches.append(keras.tree.map_structure(np.asarray, (x, y), none_is_leaf=False))
+        total += example_count(batches[-1][0])
         if total >= max_examples:
             break
     if not total:
         checks.fail("`data` must have at least one example.", data=type(data).__name__)
     x, y = keras.tree.map_structure(
-        lambda *parts: np.concatenate(parts)[:max_examples], *found, none_is_leaf=False
+        lambda *parts: np.concatenate(parts)[:max_examples], *batches, none_is_leaf=False
     )
     return x, y
 

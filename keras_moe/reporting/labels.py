@@ -1,4 +1,4 @@
-"""The classes of the examples, as many as a picture holds."""
+"""Classes of the examples, at most as many as a picture holds."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ _MOST = 40  # rows of a picture
 
 
 class Labels(NamedTuple):
-    """What the examples are.
+    """Classes of the examples.
 
     Attributes:
         codes: `(n,)`, the place of an example's label in `names`; one past it for a rare one.
@@ -25,7 +25,7 @@ class Labels(NamedTuple):
 def labels_of(
     labels: Any, targets: Any, count: int, class_names: Sequence[str] | None
 ) -> Labels | None:
-    """The labels given, or integer targets, one per example; None where there are none.
+    """The labels passed in, or integer targets, one per example; None where there are none.
 
     Raises:
         ValueError: where labels that were given are not one per example.
@@ -44,7 +44,7 @@ def labels_of(
     most = np.sort(np.argsort(-counts, kind="stable")[:_MOST])
     place = np.full(len(known), len(most))
     place[most] = np.arange(len(most))
-    return Labels(place[codes], [_name(known[each], class_names) for each in most])
+    return Labels(place[codes], [_name(known[index], class_names) for index in most])
 
 
 def _integers(targets: Any, count: int) -> Any:

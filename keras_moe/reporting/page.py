@@ -1,4 +1,4 @@
-"""The page: HTML that needs nothing but itself."""
+"""The HTML of the report, without scripts or other files."""
 
 import base64
 import io
@@ -63,18 +63,18 @@ dt { font-weight: 600; } dd { margin: 0; color: var(--faint); }
 
 
 def page(title: str, parts: Sequence[str]) -> str:
-    """The whole page, of parts that are HTML."""
+    """Makes the page from parts of HTML."""
     body = "\n".join(part for part in parts if part)
     return _PAGE.substitute(title=escape(title), style=_STYLE, body=body)
 
 
 def words(text: str) -> str:
-    """Text as HTML; what stands between backticks is code."""
+    """Turns text into HTML. Text between backticks becomes code."""
     return re.sub(r"`([^`]*)`", r"<code>\1</code>", escape(text))
 
 
 def number(value: float | None) -> str:
-    """A number as it reads, and whole in its attribute; nothing where there is none."""
+    """Formats a number for reading, with all digits in an attribute; nothing for None."""
     if value is None:
         return ""
     is_small = abs(value) < 1000 and not float(value).is_integer()
@@ -83,7 +83,7 @@ def number(value: float | None) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") -> str:
-    """A table; the head is text, cells are HTML, and the first of a row is its head."""
+    """Makes a table. The head is text, cells are HTML, and the first cell of a row is its head."""
     top = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
     lines = [
         f'<tr><th scope="row">{first}</th>' + "".join(f"<td>{cell}</td>" for cell in rest) + "</tr>"
@@ -97,7 +97,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") ->
 
 
 def picture(figure: Any, caption: str) -> str:
-    """A matplotlib figure, drawn into the page, and what it shows."""
+    """Puts a matplotlib figure into the page, with a caption."""
     file = io.BytesIO()
     figure.savefig(file, dpi=_DPI, metadata={"Software": None})
     data = base64.b64encode(file.getvalue()).decode("ascii")

@@ -1,4 +1,4 @@
-"""The pictures and lists of the page, of what applies to a model and its data."""
+"""The pictures and lists of the report that apply to a model and its data."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -34,7 +34,7 @@ _TOKENS = 400  # of the text that is shown
 
 @dataclass
 class Findings:
-    """What the page is made of.
+    """Everything that the report shows.
 
     Attributes:
         model: the model.
@@ -72,7 +72,7 @@ def overview_parts(findings: Findings, summaries: Sequence[Summary]) -> list[str
 
 
 def layer_parts(findings: Findings, layer: Any) -> list[str]:
-    """What one layer's experts do, in each call of it."""
+    """The pictures of one layer, for each of its calls."""
     return [
         part
         for name, record in findings.records.items()
@@ -140,7 +140,7 @@ def _patch_parts(findings: Findings, name: str, weights: Any) -> list[str]:
     if findings.labels is not None:
         codes, names = findings.labels
         chosen = [int(np.flatnonzero(codes == code)[0]) for code in range(len(names))][:_IMAGES]
-        titles = [names[codes[each]] for each in chosen]
+        titles = [names[codes[index]] for index in chosen]
     figure = patch_experts(
         findings.model,
         examples_at(findings.inputs, chosen),

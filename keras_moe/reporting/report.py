@@ -1,4 +1,4 @@
-"""The page about a model's experts."""
+"""The report about a model's experts."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What is known of each mixture layer, in numbers and words."""
+"""Summary of each mixture layer, in numbers and words."""
 
 import math
 from dataclasses import dataclass
@@ -62,8 +62,8 @@ class Summary:
 
 
 def summarize(name: str, layer: Any, counts: Counts) -> Summary:
-    """Brings together what a layer is and what it counted."""
-    found = tuple(alarm.message for alarm in alarms(layer, counts))
+    """Summarizes a layer and its counts."""
+    messages = tuple(alarm.message for alarm in alarms(layer, counts))
     is_judged = can_be_judged(amounts_of(counts)[1])
     return Summary(
         name=name,
@@ -74,14 +74,14 @@ def summarize(name: str, layer: Any, counts: Counts) -> Summary:
         active=active_parameters(layer),
         counts=counts,
         numbers=health(counts, getattr(layer, "capacity_factor", None) is not None),
-        alarms=found or (HEALTHY if is_judged else UNJUDGED,),
-        is_well=not found,
+        alarms=messages or (HEALTHY if is_judged else UNJUDGED,),
+        is_well=not messages,
         is_judged=is_judged,
     )
 
 
 def all_parameters(layer: Any) -> int:
-    """What training may change, counted as `active_parameters` counts, of all experts."""
+    """The number of parameters of all experts, counted as `active_parameters` does."""
     parts = layer._flatten_layers()
     weights = {id(weight): weight for part in parts for weight in part._trainable_variables}
     return sum(math.prod(weight.shape) for weight in weights.values())

@@ -1,4 +1,4 @@
-"""The page's tables and words."""
+"""Tables and text of the report."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +14,7 @@ from keras_moe.version import __version__
 
 
 def lead(model: Any, count: int, labels: Labels | None) -> str:
-    """What the page is about."""
+    """The introduction of the report."""
     classes = "" if labels is None else f" of {len(labels.names)} classes"
     return (
         f'<p class="faint">{page.words(type(model).__name__)} with '
@@ -35,30 +35,30 @@ def _verdict(summaries: Sequence[Summary]) -> str:
 
 
 def overview(summaries: Sequence[Summary]) -> list[str]:
-    """What is wrong, what the layers are, and how they do."""
+    """The alarms, the layers and their numbers."""
     head = ("layer", "kind", "experts", "parameters", "active")
     what = [
         (
-            page.words(each.name),
-            page.words(each.kind),
-            page.words(each.experts),
-            page.number(each.parameters),
-            page.number(each.active),
+            page.words(summary.name),
+            page.words(summary.kind),
+            page.words(summary.experts),
+            page.number(summary.parameters),
+            page.number(summary.active),
         )
-        for each in summaries
+        for summary in summaries
     ]
     names = _names(summaries)
     numbers = [
-        (page.words(each.name), *(page.number(each.numbers.get(name)) for name in names))
-        for each in summaries
+        (page.words(summary.name), *(page.number(summary.numbers.get(name)) for name in names))
+        for summary in summaries
     ]
     alarms = [
         (
-            f'<a href="#layer-{number}">{page.words(each.name)}</a>',
-            f'<span class="{_mood(each)}">{page.words(alarm)}</span>',
+            f'<a href="#layer-{number}">{page.words(summary.name)}</a>',
+            f'<span class="{_mood(summary)}">{page.words(alarm)}</span>',
         )
-        for number, each in enumerate(summaries)
-        for alarm in each.alarms
+        for number, summary in enumerate(summaries)
+        for alarm in summary.alarms
     ]
     return [
         _verdict(summaries),
@@ -76,7 +76,7 @@ def _mood(summary: Summary) -> str:
 
 def _names(summaries: Sequence[Summary]) -> list[str]:
     """The numbers that any layer has."""
-    return [name for name in NAMES if any(name in each.numbers for each in summaries)]
+    return [name for name in NAMES if any(name in summary.numbers for summary in summaries)]
 
 
 def heading(number: int, summary: Summary) -> str:
@@ -88,7 +88,7 @@ def heading(number: int, summary: Summary) -> str:
 
 
 def glossary(summaries: Sequence[Summary]) -> str:
-    """What the numbers mean that the layers have."""
+    """The meaning of the numbers that the layers have."""
     named = [name for name in _names(summaries) if name in MEANINGS]
     terms = "".join(
         f"<dt>{page.words(name.replace('_', ' '))}</dt><dd>{page.words(MEANINGS[name])}</dd>"

@@ -1,4 +1,4 @@
-"""Which tokens of a text are typical of an expert."""
+"""Tokens of a text that are typical of an expert."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ class TopToken(NamedTuple):
 
 
 def texts_of(x: Any, texts: Any, vocabulary: Any) -> list[list[str]] | None:
-    """The pieces of text of each example: those given, or those that a vocabulary has for ids.
+    """The pieces of text of each example: the texts passed in, or a vocabulary's texts for ids.
 
     Raises:
         ValueError: where there is a vocabulary and no ids of tokens.
@@ -36,7 +36,7 @@ def texts_of(x: Any, texts: Any, vocabulary: Any) -> list[list[str]] | None:
     known: Mapping[int, str] = (
         vocabulary if isinstance(vocabulary, Mapping) else dict(enumerate(vocabulary))
     )
-    return [[str(known.get(int(each), f"[{each}]")) for each in row] for row in ids]
+    return [[str(known.get(int(token), f"[{token}]")) for token in row] for row in ids]
 
 
 def _token_ids(x: Any) -> Any:

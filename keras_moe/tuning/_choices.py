@@ -1,4 +1,4 @@
-"""How the search spaces draw arguments: what is searched, what is fixed, and on what it depends."""
+"""Draws of arguments in search spaces: searched, fixed, or dependent on another argument."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -37,16 +37,16 @@ class Choices:
         """The name of an argument among the hyperparameters."""
         return f"{self._prefix}/{argument}" if self._prefix else argument
 
-    def draw(self, argument: str, given: Any, when: When | None = None) -> Any:
+    def draw(self, argument: str, options: Any, when: When | None = None) -> Any:
         """Returns the argument's value, or None where it is inactive.
 
         Args:
             argument: name of the argument.
-            given: the value, or the values to choose from.
+            options: the value, or the values to choose from.
             when: an earlier argument, and those of its values for which this one is needed;
                 always, if None.
         """
-        values = candidates(argument, given)
+        values = candidates(argument, options)
         self._candidates[argument], self._drawn[argument] = values, None
         is_needed = True
         scope: AbstractContextManager[None] = nullcontext()
@@ -67,7 +67,7 @@ class Choices:
 
     @contextmanager
     def scope(self, parent: str, allowed: Sequence[Any]) -> Iterator[None]:
-        """What is declared inside exists only for these values of an earlier argument."""
+        """Limits the declarations inside to some values of an earlier argument."""
         values = self._candidates[parent]
         if len(values) == 1:
             yield
@@ -81,7 +81,7 @@ class Choices:
 
 @contextmanager
 def fully_declared(hp: Any) -> Iterator[None]:
-    """Spares the tuner's start a model per conditional scope, to see what each of them declares.
+    """Declares all conditional scopes at once, so that the tuner need not build a model for each.
 
     Only right where all scopes inside declare all of theirs whether they are active or not.
     """
@@ -90,12 +90,12 @@ def fully_declared(hp: Any) -> Iterator[None]:
     del hp.inactive_scopes[known:]
 
 
-def candidates(argument: str, given: Any) -> tuple[Any, ...]:
+def candidates(argument: str, options: Any) -> tuple[Any, ...]:
     """The values to choose from, the default first; one for an argument that is fixed."""
-    if not isinstance(given, list | tuple | range):
-        return (given,)
+    if not isinstance(options, list | tuple | range):
+        return (options,)
     values: list[Any] = []
-    for value in given:
+    for value in options:
         # KerasTuner writes its choices to JSON.
         value = value.item() if isinstance(value, np.generic) else value
         value = tuple(value) if isinstance(value, list) else value
@@ -104,20 +104,20 @@ def candidates(argument: str, given: Any) -> tuple[Any, ...]:
     if not values:
         checks.fail(
             f"`{argument}` must be a value, or a sequence of at least one value to choose from.",
-            **{argument: given},
+            **{argument: options},
         )
     return tuple(values)
 
 
-def checked(check: Callable[[str, Any], Any], argument: str, given: Any) -> Any:
-    """Checks every value to choose from, and returns them as they came."""
-    for value in candidates(argument, given):
+def checked(check: Callable[[str, Any], Any], argument: str, options: Any) -> Any:
+    """Checks every value to choose from, and returns the argument unchanged."""
+    for value in candidates(argument, options):
         check(argument, value)
-    return given
+    return options
 
 
 def _choose(hp: Any, name: str, values: tuple[Any, ...]) -> Any:
-    """Draws one of several values, `_INACTIVE` where the surrounding scope is."""
+    """Draws one of several values; `_INACTIVE` in an inactive scope."""
     if all(isinstance(value, bool) for value in values):
         drawn = hp.Boolean(name, default=values[0])
         return _INACTIVE if drawn is None else drawn
@@ -132,7 +132,7 @@ def _choose(hp: Any, name: str, values: tuple[Any, ...]) -> Any:
 
 
 def _labels(values: tuple[Any, ...]) -> list[Any]:
-    """What stands for the values in the search: themselves, or strings where the tuner needs it.
+    """The values as the tuner stores them: themselves, or strings where it needs these.
 
     KerasTuner holds strings or numbers of one type.
     """

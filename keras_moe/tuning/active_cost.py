@@ -1,4 +1,4 @@
-"""An objective that knows what a model costs."""
+"""An objective that takes the cost of a model into account."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -91,7 +91,7 @@ class ActiveCost(keras.callbacks.Callback):
         pair = [exponent, exponent] if isinstance(exponent, int | float) else list(exponent)
         if len(pair) != 2:
             checks.fail("`exponent` must be a number or a pair of numbers.", exponent=exponent)
-        self.exponent = tuple(checks.non_negative("exponent", each) for each in pair)
+        self.exponent = tuple(checks.non_negative("exponent", exponent) for exponent in pair)
         self._flops, self._parameters, self._is_known = 0, 0, False
 
     @property

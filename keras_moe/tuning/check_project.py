@@ -1,4 +1,4 @@
-"""Keeps two searches from mixing in one folder."""
+"""Check that two searches do not share a folder."""
 
 import dataclasses
 import inspect
@@ -18,7 +18,7 @@ _RECORD = "search.json"
 def check_project(directory: str | os.PathLike[str], project_name: str, **search: Any) -> None:
     """Checks that a results folder is new or belongs to this search, and claims it if it is new.
 
-    A KerasTuner with `overwrite=False` goes on with whatever search its folder holds, and mixes the
+    A KerasTuner with `overwrite=False` resumes any search that its folder holds, and mixes the
     trials of two spaces or objectives without a word. Call this before making the tuner: it writes
     what defines the search to `search.json` in the project's folder, and fails where the folder
     holds something else. It changes nothing there. In place of `overwrite=True`, which removes
@@ -83,9 +83,9 @@ def _described(value: Any, path: str = "") -> Any:
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, Mapping):
-        return {str(key): _described(each, f"{path}.{key}") for key, each in value.items()}
+        return {str(key): _described(entry, f"{path}.{key}") for key, entry in value.items()}
     if isinstance(value, list | tuple | range):
-        return [_described(each, f"{path}[{index}]") for index, each in enumerate(value)]
+        return [_described(entry, f"{path}[{index}]") for index, entry in enumerate(value)]
     if inspect.isclass(value) or inspect.isroutine(value):
         return f"{value.__module__}.{value.__qualname__}"
     kind = type(value).__qualname__

@@ -167,8 +167,8 @@ class HyperViTMoE(_HyperModel):
         config, choices = self._config, Choices(hp)
 
         def draw(argument: str, default: Any = None) -> Any:
-            given = config[argument]
-            return choices.draw(argument, default if given is None else given)
+            value = config[argument]
+            return choices.draw(argument, default if value is None else value)
 
         size = draw("size")
         sizes = {part: draw(part, None if size else value) for part, value in _SMALL.items()}
@@ -176,7 +176,7 @@ class HyperViTMoE(_HyperModel):
         arguments["dropout"] = draw("dropout")
         kind = draw("feed_forward")
         with_mixture = [
-            each for each in candidates("feed_forward", config["feed_forward"]) if each != "dense"
+            name for name in candidates("feed_forward", config["feed_forward"]) if name != "dense"
         ]
         with fully_declared(hp):
             placement = choices.draw(
@@ -243,21 +243,21 @@ class HyperViTMoE(_HyperModel):
             "soft_moe": {"num_experts": self._soft_experts()},
         }
         drawn: dict[Any, dict[str, Any]] = {}
-        for kind in (each for each in kinds if each in _MIXTURES):
-            given = {"dropout": arguments["dropout"], **options[kind], **config[kind]}
+        for kind in [name for name in kinds if name in _MIXTURES]:
+            space = {"dropout": arguments["dropout"], **options[kind], **config[kind]}
             with choices.scope("feed_forward", [kind]):
                 if kind == "soft_moe":
-                    given.setdefault("hidden_dim", mlp_dim)
-                    if "slots_per_expert" not in given:
-                        given.setdefault("num_slots", self._patches(arguments["patch_size"]))
-                    drawn[kind] = soft_moe_space(hp, kind, **given)
+                    space.setdefault("hidden_dim", mlp_dim)
+                    if "slots_per_expert" not in space:
+                        space.setdefault("num_slots", self._patches(arguments["patch_size"]))
+                    drawn[kind] = soft_moe_space(hp, kind, **space)
                     continue
-                if "hidden_dim" not in given:
-                    given.setdefault("active_hidden_dim", mlp_dim)
+                if "hidden_dim" not in space:
+                    space.setdefault("active_hidden_dim", mlp_dim)
                 if kind == "moe":
-                    drawn[kind] = moe_space(hp, kind, **given)
+                    drawn[kind] = moe_space(hp, kind, **space)
                 else:
-                    drawn[kind] = moe_space(hp, kind, router="switch", **given)
+                    drawn[kind] = moe_space(hp, kind, router="switch", **space)
                     drawn[kind].pop("router", None)
         return drawn
 

@@ -115,15 +115,15 @@ def moe_space(
         # KerasTuner holds conditions on hyperparameters one inside of the other only, so that a
         # `top_k` that depends on the router and on the experts needs experts of its own.
         drawn = {}
-        for each in rules:
-            with choices.scope("router", [each]):
-                drawn[each] = moe_space(
+        for router_name in rules:
+            with choices.scope("router", [router_name]):
+                drawn[router_name] = moe_space(
                     hp,
-                    f"{name}/{each}",
+                    f"{name}/{router_name}",
                     num_experts=num_experts,
                     hidden_dim=hidden_dim,
                     active_hidden_dim=active_hidden_dim,
-                    router=each,
+                    router=router_name,
                     top_k=top_k,
                     num_shared_experts=num_shared_experts,
                     capacity_factor=capacity_factor,

@@ -22,7 +22,7 @@ EXPECTED = """\
 | MMoE / matmul chain | 4096, 128, 256, 8, 4 | fwd | 1.15 | 1.10 |
 """  # noqa: E501
 
-RUNS = """<details><summary>What was run</summary>
+RUNS = """<details markdown="1"><summary>What was run</summary>
 
 - JAX: 2026-01-31, commit 0123456789, keras 3.15.1, jax 0.10.2, `python -m benchmarks.run`.
 

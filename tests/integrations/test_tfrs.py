@@ -833,7 +833,7 @@ IMPORT = "from keras_moe.integrations.tfrs import KerasBridge"
         (
             f"import sys; sys.modules['tf_keras'] = None; {IMPORT}",
             {},
-            'pip install "keras-moe[tfrs]"',
+            'pip install ".[tfrs]"',
         ),
         (
             "import os, tensorflow as tf; tf.keras.version\n"

@@ -30,7 +30,10 @@ def test_what_is_there_comes_back(package):
 
 
 def test_what_is_not_installed_is_to_be_installed():
-    message = r'^This needs `no_such_thing`: pip install "keras-moe\[plot\]"$'
+    message = (
+        r'^This needs `no_such_thing`: install keras_moe with its extra "plot", '
+        r'in a clone `pip install "\.\[plot\]"`$'
+    )
     with pytest.raises(ImportError, match=message) as error:
         import_of_extra("plot", "This", "no_such_thing.inner")
     assert error.value.name == "no_such_thing"

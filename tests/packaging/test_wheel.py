@@ -1,12 +1,15 @@
 """What a user installs: the wheel, away from the source tree, with Keras and one backend."""
 
 import os
+import re
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+
+from hatch_build import for_index
 
 ROOT = Path(__file__).parents[2]
 
@@ -57,6 +60,26 @@ def test_wheel_holds_the_package_only(wheel):
     tops = {path.name for path in wheel.iterdir()}
     assert {name.split("-")[0] for name in tops} == {"keras_moe"}
     assert (wheel / "keras_moe" / "py.typed").exists()
+
+
+def test_index_shows_no_path_of_the_repository(wheel):
+    (metadata,) = wheel.glob("*.dist-info/METADATA")
+    page = metadata.read_text(encoding="utf-8")
+    assert "Content-Type: text/markdown" in page and "# keras_moe" in page
+    targets = re.findall(r"\]\(([^)]+)\)", page)
+    assert not [target for target in targets if not target.startswith(("https://", "#"))]
+
+
+def test_index_shows_pictures_and_links_once_there_is_an_address():
+    readme = (
+        "See [how](docs/how.md) and [Keras](https://keras.io).\n\n![Slots](docs/img/slots.png)\n"
+    )
+    assert for_index(readme, "https://example.org/us/keras_moe") == (
+        "See [how](https://example.org/us/keras_moe/blob/HEAD/docs/how.md) and "
+        "[Keras](https://keras.io).\n\n"
+        "![Slots](https://example.org/us/keras_moe/raw/HEAD/docs/img/slots.png)\n"
+    )
+    assert for_index(readme, None) == "See how and [Keras](https://keras.io).\n\n\n"
 
 
 def test_import_is_quick():

@@ -189,6 +189,6 @@ def test_errors(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"`labels` must have one entry for each of 3 examples"):
         keras_moe.report(model, x, tmp_path / "p.html", labels=[1, 2])
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r'pip install "keras-moe\[plot\]"'):
+    with pytest.raises(ImportError, match=r'pip install "\.\[plot\]"'):
         keras_moe.report(model, x, tmp_path / "p.html")
     assert not list(tmp_path.iterdir())

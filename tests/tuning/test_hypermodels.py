@@ -323,7 +323,7 @@ for needs_it in (lambda: tuning.HyperViTMoE, lambda: tuning.HyperMMoERecommender
     try:
         needs_it()
     except ImportError as error:
-        assert 'pip install "keras-moe[tuner]"' in str(error), error
+        assert 'pip install ".[tuner]"' in str(error), error
     else:
         raise AssertionError("no error")
 assert not hasattr(tuning, "HyperEverything")
