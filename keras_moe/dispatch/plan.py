@@ -38,8 +38,8 @@ def _sort(bin_of: Tensor, total: Size, num_bins: Size) -> tuple[Tensor, Tensor]:
     if isinstance(total, int) and isinstance(num_bins, int):
         bits = max((total - 1).bit_length(), 1)
         if total > 0 and (num_bins + 1) << bits < 2**31:
-            # One sort of a packed key is 4 to 5 times faster than argsort on XLA:CPU (FACTS section
-            # 2); packed by shifts, since divisions cost as much as the sort.
+            # One sort of a packed key is 4 to 5 times faster than argsort on XLA:CPU;
+            # packed by shifts, since divisions cost as much as the sort.
             packed = ops.sort(ops.left_shift(bin_of, bits) + ops.arange(total, dtype="int32"))
             return ops.right_shift(packed, bits), ops.bitwise_and(packed, (1 << bits) - 1)
     order = ops.cast(ops.argsort(bin_of), "int32")

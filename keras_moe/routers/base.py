@@ -281,14 +281,6 @@ class LinearRouter(Router):
         kernel_regularizer: Optional regularizer of the kernel. Defaults to `None`.
         kernel_constraint: Optional constraint of the kernel. Defaults to `None`.
         seed: Optional integer, seed of the jitter. Defaults to `None`.
-
-    Call arguments:
-        inputs: `(N, d)` tokens.
-        mask: bool `(N,)`, False at padding, or None.
-        training: Whether jitter is on.
-
-    Returns:
-        A `keras_moe.Routing` of shape `(N, k)`.
     """
 
     LOSSES: ClassVar[dict[str, float]] = {

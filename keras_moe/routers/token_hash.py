@@ -32,12 +32,6 @@ class TokenHashRouter(FixedRouter):
         seed: Optional integer from which the table is drawn, the same one on every backend.
             Defaults to `None`.
 
-    Call arguments:
-        inputs: `(N, d)` tokens.
-        mask: bool `(N,)`, False at padding, or None.
-        training: Unused.
-        token_ids: int `(N,)`; padding may have any.
-
     Example:
 
     >>> import keras, numpy as np

@@ -6,6 +6,8 @@ import pytest
 
 from keras_moe import callbacks, dispatch, layers, routers
 
+pytestmark = pytest.mark.one_backend("checks of Python, before any tensor")
+
 Dense = keras.layers.Dense
 
 

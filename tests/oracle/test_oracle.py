@@ -7,6 +7,8 @@ import pytest
 
 from tests.oracle import activations, expert_mlp, losses, mmoe, moe, soft_moe
 
+pytestmark = pytest.mark.one_backend("NumPy in float64")
+
 _STEP = 1e-5
 
 

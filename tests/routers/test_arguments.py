@@ -9,6 +9,8 @@ from keras_moe.routers import registry
 from tests.contract import arrays
 from tests.router_checks import every_router
 
+pytestmark = pytest.mark.one_backend("what constructors do with arguments")
+
 E, D = 6, 4
 TOKENS = np.random.default_rng(0).normal(size=(9, D)).astype("float32")
 IDS = np.arange(9, dtype="int32") * 7

@@ -10,6 +10,8 @@ from keras import ops
 from keras_moe import routers
 from tests.oracle.routers import phi
 
+pytestmark = pytest.mark.one_backend("formulas of few operations, which the oracles cover")
+
 PAGE = Path(__file__).parents[2] / "docs" / "ideas.md"
 D, E, B, T = 5, 6, 4, 8
 C = 0.03

@@ -9,7 +9,10 @@ import pytest
 
 from keras_moe import tuning
 
-pytestmark = pytest.mark.usefixtures("quick_search")
+pytestmark = [
+    pytest.mark.one_backend("arithmetic on configurations"),
+    pytest.mark.usefixtures("quick_search"),
+]
 
 X = np.random.default_rng(0).normal(size=(16, 4)).astype("float32")
 Y = X.sum(axis=1, keepdims=True)
