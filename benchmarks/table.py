@@ -198,7 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--chart", type=Path, default=_ROOT / CHART, help="where the chart goes")
     parsed = parser.parse_args(arguments)
     try:
-        records = results.read_all(parsed.results.glob("*.json"))
+        records = results.read_all(parsed.results.glob("*/*.json"))
         before = parsed.page.read_text(encoding="utf-8")
         after = between_marks(before, render(records))
     except (OSError, ValueError) as error:
