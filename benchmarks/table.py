@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +136,9 @@ def _others(latest: Latest) -> str:
     return _folded("Peers and dispatchers", lead, _markdown(header, body))
 
 
-def _order(latest: Latest, row: Row, wanted: Any, *fields: str) -> list[tuple[str, ...]]:
+def _order(
+    latest: Latest, row: Row, wanted: Callable[[dict[str, Any]], bool], *fields: str
+) -> list[tuple[str, ...]]:
     """The values of some fields of the wanted lines, in the order in which they were stored."""
     values = [
         tuple(line[field] for field in fields)

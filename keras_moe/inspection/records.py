@@ -1,13 +1,14 @@
 """What the layers of a model decide about data, as arrays for a picture."""
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import keras
 import numpy as np
 from keras import ops
 
 from keras_moe.core import checks
+from keras_moe.core.types import Array, Data, Tensor
 from keras_moe.inspection.mixtures import named_layers, one_layer
 from keras_moe.inspection.recording import record_routing
 
@@ -26,11 +27,13 @@ class Record(NamedTuple):
         fields: arrays by field of its routing record, batches joined.
     """
 
-    layer: Any
-    fields: dict[str, Any]
+    layer: keras.layers.Layer
+    fields: dict[str, Array]
 
 
-def records_of(model: Any, x: Any, batch_size: int, *kinds: tuple[str, ...]) -> dict[str, Record]:
+def records_of(
+    model: keras.layers.Layer, x: Data, batch_size: int, *kinds: tuple[str, ...]
+) -> dict[str, Record]:
     """What the mixture layers decide about `x`, batches joined.
 
     Args:
@@ -44,7 +47,7 @@ def records_of(model: Any, x: Any, batch_size: int, *kinds: tuple[str, ...]) -> 
         calls several times has one per call, "moe (call 1)" and so on.
     """
     layers = dict(named_layers(model))
-    parts: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    parts: dict[tuple[str, int], list[dict[str, Array]]] = {}
     for batch in _batches(x, batch_size):
         with record_routing(model) as records:
             model(batch, training=False)
@@ -64,7 +67,7 @@ def records_of(model: Any, x: Any, batch_size: int, *kinds: tuple[str, ...]) -> 
     }
 
 
-def _batches(x: Any, batch_size: int) -> Iterator[Any]:
+def _batches(x: Data, batch_size: int) -> Iterator[Data]:
     checks.positive_int("batch_size", batch_size)
     arrays = _arrays(x)
     if not all(len(getattr(each, "shape", ())) for each in arrays):
@@ -85,17 +88,17 @@ def _batches(x: Any, batch_size: int) -> Iterator[Any]:
         yield examples_at(x, slice(start, start + batch_size))
 
 
-def _arrays(x: Any) -> list[Any]:
+def _arrays(x: Data) -> list[Tensor]:
     """The inputs one by one, but for optional ones that are not given."""
     return [each for each in keras.tree.flatten(x) if each is not None]
 
 
-def example_count(x: Any) -> int:
+def example_count(x: Data) -> int:
     """How many examples the inputs are."""
     return len(next(iter(_arrays(x)), ()))
 
 
-def examples_at(x: Any, places: Any) -> Any:
+def examples_at(x: Data, places: slice | Sequence[int] | Array) -> Data:
     """Some of the examples, by a slice or their places."""
     return keras.tree.map_structure(lambda each: each[places], x, none_is_leaf=False)
 
@@ -105,7 +108,7 @@ def is_by_example(record: Record, count: int) -> bool:
     return all(len(each) == count for each in record.fields.values())
 
 
-def check_by_example(name: str, record: Record, x: Any) -> None:
+def check_by_example(name: str, record: Record, x: Data) -> None:
     """Fails where a layer decides about something else than examples or their tokens."""
     count = example_count(x)
     if not is_by_example(record, count):
@@ -117,13 +120,13 @@ def check_by_example(name: str, record: Record, x: Any) -> None:
         )
 
 
-def takers_of(record: Record) -> Any:
+def takers_of(record: Record) -> Array:
     """Which experts of a sparse layer take a token, bool `(..., E)`: none that dropped it."""
     chosen = record.fields["experts"][..., None] == np.arange(record.layer.num_experts)
     return (chosen & record.fields["kept"][..., None]).any(axis=-2)
 
 
-def weights_of(record: Record) -> Any:
+def weights_of(record: Record) -> Array:
     """What tokens take of each expert, `(..., E)`, 0 where it was not chosen or had no room.
 
     Of a soft layer, the combine weights of the expert's slots together.
@@ -137,13 +140,15 @@ def weights_of(record: Record) -> Any:
     return (chosen * weights[..., None]).sum(axis=-2)
 
 
-def expert_weights(model: Any, x: Any, layer: str | None, batch_size: int) -> tuple[str, Record]:
+def expert_weights(
+    model: keras.layers.Layer, x: Data, layer: str | None, batch_size: int
+) -> tuple[str, Record]:
     """The record of a sparse or soft layer, and its name."""
     kind = "a layer that sends tokens to experts, or a `SoftMoE`"
     return one_layer(model, records_of(model, x, batch_size, SPARSE, SOFT), layer, kind)
 
 
-def used_by_example(record: Record) -> Any:
+def used_by_example(record: Record) -> Array:
     """How much each example uses each expert, `(n, E)`.
 
     That is how many of its tokens an expert gets; of a soft layer and of gates, the weight that
@@ -158,5 +163,5 @@ def used_by_example(record: Record) -> Any:
     return used.reshape(len(used), -1, used.shape[-1]).sum(axis=1, dtype=np.float64)
 
 
-def _has(record: Any, fields: tuple[str, ...]) -> bool:
+def _has(record: object, fields: tuple[str, ...]) -> bool:
     return all(hasattr(record, field) for field in fields)
