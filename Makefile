@@ -10,7 +10,7 @@ TFRS := TF_USE_LEGACY_KERAS=1 KERAS_BACKEND=tensorflow
 PYTEST := $(BIN)/python -m pytest -n 2
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: demo vision text tune benchmarks benchmarks-table router-table hooks check test test-everywhere lint docs test-jax test-tensorflow test-torch test-tfrs test-once test-extras constraints clean
+.PHONY: demo vision text tune benchmarks benchmarks-table router-table hooks check test test-everywhere lint docs test-jax test-tensorflow test-torch test-tfrs test-once test-extras test-lowest constraints clean
 
 demo: $(VENV)/.demo
 	$(TFRS) $(BIN)/python examples/recommend_movies.py
@@ -97,6 +97,10 @@ test-once: $(VENV)/.dev
 # Each extra in an environment of its own, which is made and deleted: `make test-extras ARGS="tuner plot"`.
 test-extras: $(VENV)/.dev
 	$(BIN)/python -m tests.packaging.extras $(ARGS)
+
+# At the lowest versions that pyproject.toml claims, one backend at a time: `make test-lowest ARGS=jax`.
+test-lowest: $(VENV)/.dev
+	$(BIN)/python -m tests.packaging.lowest $(ARGS)
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
