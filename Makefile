@@ -10,7 +10,7 @@ TFRS := TF_USE_LEGACY_KERAS=1 KERAS_BACKEND=tensorflow
 PYTEST := $(BIN)/python -m pytest -n 2
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: demo vision text tune benchmarks benchmarks-table router-table check test test-everywhere lint docs test-jax test-tensorflow test-torch test-tfrs test-once test-extras constraints clean
+.PHONY: demo vision text tune benchmarks benchmarks-table router-table hooks check test test-everywhere lint docs test-jax test-tensorflow test-torch test-tfrs test-once test-extras test-lowest constraints clean
 
 demo: $(VENV)/.demo
 	$(TFRS) $(BIN)/python examples/recommend_movies.py
@@ -37,6 +37,10 @@ benchmarks-table: $(VENV)/.dev
 # Which checks every router passes on which backend, in docs/routers.md.
 router-table: $(VENV)/.dev
 	$(BIN)/python -m tests.router_checks
+
+# Before each commit what `make lint` checks, of what changed; and the commit's subject.
+hooks: $(VENV)/.dev
+	$(BIN)/pre-commit install
 
 # The short loop: what most mistakes turn red, on the backend that compiles nothing, and the bridge.
 CHECK_TESTS := tests/dispatch tests/parity tests/routers tests/layers/test_contract.py \
@@ -93,6 +97,10 @@ test-once: $(VENV)/.dev
 # Each extra in an environment of its own, which is made and deleted: `make test-extras ARGS="tuner plot"`.
 test-extras: $(VENV)/.dev
 	$(BIN)/python -m tests.packaging.extras $(ARGS)
+
+# At the lowest versions that pyproject.toml claims, one backend at a time: `make test-lowest ARGS=jax`.
+test-lowest: $(VENV)/.dev
+	$(BIN)/python -m tests.packaging.lowest $(ARGS)
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'

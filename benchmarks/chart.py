@@ -11,6 +11,9 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from benchmarks.latest import Latest, Machine
@@ -97,7 +100,7 @@ def draw(machines: Mapping[Machine, Latest], path: Path) -> bool:
     return True
 
 
-def _draw_panel(axis: Any, points: Points, subjects: list[str]) -> None:
+def _draw_panel(axis: Axes, points: Points, subjects: list[str]) -> None:
     for index, subject in enumerate(subjects):
         if subject in points:
             experts, ratios = zip(*sorted(points[subject]), strict=True)
@@ -125,7 +128,7 @@ def _draw_panel(axis: Any, points: Points, subjects: list[str]) -> None:
     axis.grid(alpha=0.3)
 
 
-def _label(figure: Any, axes: Any, machine: Machine, subjects: list[str]) -> None:
+def _label(figure: Figure, axes: np.ndarray, machine: Machine, subjects: list[str]) -> None:
     for axis in axes[-1]:
         axis.set_xlabel("number of experts E")
     for line in axes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from benchmarks.engines import BACKENDS
@@ -43,13 +43,7 @@ def newest(records: Iterable[dict[str, Any]]) -> dict[Machine, Latest]:
     """
     chosen: dict[Machine, dict[str, dict[str, tuple[dict[str, Any], dict[str, Any]]]]] = {}
     for record in records:
-        if record.get("quick"):
-            continue
-        device = record["device"]
-        for name, row in record["rows"].items():
-            if "lines" not in row:
-                continue
-            machine = Machine(device["name"], device["cores"], row["dtype"])
+        for name, row, machine in _measured(record):
             by_backend = chosen.setdefault(machine, {}).setdefault(record["backend"], {})
             by_backend[name] = (row, record)
     return {
@@ -62,6 +56,41 @@ def newest(records: Iterable[dict[str, Any]]) -> dict[Machine, Latest]:
         )
         for machine, by_backend in sorted(chosen.items())
     }
+
+
+def without_stale_rows(
+    older: Iterable[dict[str, Any]], latest: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """The older runs without the rows that no table shows any more, and the latest run as it is.
+
+    Args:
+        older: runs of one backend, oldest first.
+        latest: the run after them.
+    """
+    older = list(older)
+    source = {
+        (machine, name): record
+        for record in [*older, latest]
+        for name, _, machine in _measured(record)
+    }
+    kept = []
+    for record in older:
+        rows = {
+            name: row for name, row, machine in _measured(record) if source[machine, name] is record
+        }
+        if rows:
+            kept.append({**record, "rows": rows})
+    return [*kept, latest]
+
+
+def _measured(record: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], Machine]]:
+    """The rows that have numbers, and where those were taken."""
+    if record.get("quick"):
+        return
+    for name, row in record["rows"].items():
+        if "lines" in row:
+            device = record["device"]
+            yield name, row, Machine(device["name"], device["cores"], row["dtype"])
 
 
 def _runs(found: Iterable[tuple[dict[str, Any], dict[str, Any]]]) -> list[dict[str, Any]]:

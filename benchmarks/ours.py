@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
+import numpy as np
 
 from benchmarks.contender import OURS, Contender
 from benchmarks.controlled_routing import copying_kernel
@@ -44,7 +45,7 @@ def dispatchers_for(asked: Sequence[str], capacity_factor: float | None) -> list
 
 
 def contenders(
-    sizes: Sizes, inputs: Any, asked: Sequence[str], capacity_factor: float | None
+    sizes: Sizes, inputs: np.ndarray, asked: Sequence[str], capacity_factor: float | None
 ) -> list[Contender]:
     """Our layer, once per dispatcher."""
 

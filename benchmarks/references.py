@@ -6,6 +6,8 @@ from typing import Any
 
 import keras
 
+from keras_moe.core.types import Shape, Tensor
+
 ACTIVATION = "gelu"  # the default of keras_moe's layers
 GLU_ACTIVATION = "silu"  # of Mixtral and Qwen3
 
@@ -17,14 +19,14 @@ class DenseFFN(keras.layers.Layer):
         super().__init__(**kwargs)
         self.hidden = hidden
 
-    def build(self, input_shape: Any) -> None:
+    def build(self, input_shape: Shape) -> None:
         width = input_shape[-1]
         self.up = keras.layers.Dense(self.hidden, ACTIVATION)
         self.down = keras.layers.Dense(width)
         self.up.build((None, width))
         self.down.build((None, self.hidden))
 
-    def call(self, inputs: Any, training: bool | None = None) -> Any:
+    def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
         del training
         return self.down(self.up(inputs))
 
@@ -43,7 +45,7 @@ class GatedFFN(keras.layers.Layer):
         super().__init__(**kwargs)
         self.hidden = hidden
 
-    def build(self, input_shape: Any) -> None:
+    def build(self, input_shape: Shape) -> None:
         width = input_shape[-1]
         self.gate = keras.layers.Dense(self.hidden, GLU_ACTIVATION, use_bias=False)
         self.up = keras.layers.Dense(self.hidden, use_bias=False)
@@ -52,7 +54,7 @@ class GatedFFN(keras.layers.Layer):
         self.up.build((None, width))
         self.down.build((None, self.hidden))
 
-    def call(self, inputs: Any, training: bool | None = None) -> Any:
+    def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
         del training
         return self.down(self.gate(inputs) * self.up(inputs))
 
@@ -78,11 +80,11 @@ class LoopMMoE(keras.layers.Layer):
             for _ in range(tasks)
         ]
 
-    def build(self, input_shape: Any) -> None:
+    def build(self, input_shape: Shape) -> None:
         for layer in [*self.experts, *self.gates]:
             layer.build((None, input_shape[-1]))
 
-    def call(self, inputs: Any, training: bool | None = None) -> list[Any]:
+    def call(self, inputs: Tensor, training: bool | None = None) -> list[Tensor]:
         del training
         experts = keras.ops.stack([expert(inputs) for expert in self.experts], axis=1)
         weights = [keras.ops.expand_dims(gate(inputs), -1) for gate in self.gates]

@@ -1,4 +1,4 @@
-"""Stored results: a JSON file per run and backend, whole after every row."""
+"""Stored results: a JSON file per machine and backend, whole after every row."""
 
 from __future__ import annotations
 
@@ -9,37 +9,45 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.latest import without_stale_rows
+
 FOLDER = Path(__file__).parent / "results"
+_FORMAT = 2
 
 
-def default_path(date: str, device: str, backend: str, quick: bool) -> Path:
-    """Where a run's results go: `<date>_<device>_<backend>.json`.
+def path_of(device: str, backend: str, quick: bool, folder: Path = FOLDER) -> Path:
+    """The file of a machine and a backend: `<folder>/<device>/<backend>.json`.
 
     Args:
-        date: ISO 8601 in UTC, `2026-01-31T12:00:00Z`.
         device: the device's name.
         backend: one of the benchmark's backends.
         quick: quick results are kept apart, and no table shows them.
+        folder: where results are kept.
     """
     slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-    name = f"{date.replace(':', '')}_{slug}_{backend}{'_quick' if quick else ''}.json"
-    return FOLDER / name
+    return folder / slug / f"{backend}{'_quick' if quick else ''}.json"
 
 
 class Store:
-    """The results of one run on one backend; a process that is killed loses the row it is in.
+    """The results of one run in the file of its machine and backend, beside those of older runs.
+
+    A process that is killed loses the row it is in. From older runs the file keeps what no newer
+    run measured.
 
     Args:
-        path: the file. What it holds already is kept.
-        header: date, command and all that holds for every row.
+        path: the file.
+        header: date, command and all that holds for every row. The date tells runs apart.
+
+    Raises:
+        ValueError: on a file that holds no results.
     """
 
     def __init__(self, path: Path, header: dict[str, Any]) -> None:
         self.path = path
-        self.record: dict[str, Any] = {"rows": {}}
-        if path.exists():
-            self.record = json.loads(path.read_text())
-        self.record = {**self.record, **header}
+        runs = read(path) if path.exists() else []
+        stored = next((run for run in runs if run["date"] == header["date"]), {"rows": {}})
+        self._older = [run for run in runs if run is not stored]
+        self.record: dict[str, Any] = {**stored, **header}
 
     @property
     def done(self) -> set[str]:
@@ -65,23 +73,35 @@ class Store:
     def _write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         whole = self.path.with_suffix(".json.part")
-        whole.write_text(json.dumps(self.record, indent=1, sort_keys=True) + "\n")
+        runs = without_stale_rows(self._older, self.record)
+        text = json.dumps({"format": _FORMAT, "runs": runs}, indent=1, sort_keys=True)
+        whole.write_text(text + "\n")
         os.replace(whole, self.path)  # a reader sees the old file or the new one
 
 
-def read_all(paths: Iterable[Path]) -> list[dict[str, Any]]:
-    """The records in these files, oldest first.
+def read(path: Path) -> list[dict[str, Any]]:
+    """The runs in a file, oldest first.
 
     Raises:
         ValueError: on a file that holds no results.
     """
-    records = []
-    for path in sorted(paths):
-        try:
-            record = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path.name} is no JSON file: {error}") from error
-        if not {"rows", "date", "backend"} <= set(record):
-            raise ValueError(f"{path.name} holds no benchmark results.")
-        records.append(record)
-    return sorted(records, key=lambda record: record["date"])
+    try:
+        stored = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path.name} is no JSON file: {error}") from error
+    runs = stored.get("runs", [])
+    if stored.get("format") != _FORMAT or not all(
+        {"rows", "date", "backend"} <= set(r) for r in runs
+    ):
+        raise ValueError(f"{path.name} holds no benchmark results.")
+    return sorted(runs, key=lambda run: run["date"])
+
+
+def read_all(paths: Iterable[Path]) -> list[dict[str, Any]]:
+    """The runs in these files, oldest first.
+
+    Raises:
+        ValueError: on a file that holds no results.
+    """
+    runs = [run for path in sorted(paths) for run in read(path)]
+    return sorted(runs, key=lambda run: run["date"])

@@ -39,7 +39,7 @@ class Row:
         name: unique, what `--rows` takes.
         group: what `--rows` takes for all rows of its kind.
         title: what is measured and against what, for a reader.
-        kind: the module of `benchmarks.kinds` that builds it.
+        kind: the key in `benchmarks.kinds.KINDS` of what builds it.
         sizes: the mixture's sizes.
         limits: by pass, the ratio we want to stay under.
         capacity_factor: of our layer; None drops nothing.

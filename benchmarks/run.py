@@ -10,7 +10,7 @@ Each backend runs in a process of its own. There, all that is compared takes tur
 reference, a peer, ours, ...; what is reported is the median over rounds of the ratio within a
 round. "forward" is inference, "gradient" the gradient of the mean square of the outputs plus the
 auxiliary losses by the inputs and all trainable weights, in training. Results are stored after
-every row.
+every row, in one file per machine and backend, in place of older ones of the same row.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from rich.console import Console
 from benchmarks import environment, show
 from benchmarks.contender import Options
 from benchmarks.engines import BACKENDS
-from benchmarks.results import Store, default_path
+from benchmarks.results import FOLDER, Store, path_of
 from benchmarks.rows import ROWS, Row, select
 
 # `benchmarks.ours` imports keras_moe, and with it a backend, which this process needs not.
@@ -84,8 +84,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--out",
         type=Path,
-        help="a file, for one backend, or a folder "
-        "(default: benchmarks/results/<date>_<device>_<backend>.json)",
+        default=FOLDER,
+        help="a folder, for <device>/<backend>.json in it, or a file, for one backend "
+        "(default: benchmarks/results)",
     )
     parsed = parser.parse_args(arguments)
     try:
@@ -95,7 +96,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     if parsed.repeats < 1:
         parser.error(f"--repeats must be at least 1. Received: {parsed.repeats}")
     parsed.backend = parsed.backend or installed_backends()
-    if parsed.out and parsed.out.suffix == ".json" and len(parsed.backend) != 1:
+    if parsed.out.suffix == ".json" and len(parsed.backend) != 1:
         parser.error("--out names a file, so one --backend must be named too.")
     return parsed
 
@@ -183,16 +184,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for backend in parsed.backend:
         options = options_of(parsed, backend)
         header = {
-            "format": 1,
             "date": date,
             "command": command,
             "backend": backend,
             "quick": parsed.quick,
             "repeats": options.repeats,
         }
-        path = parsed.out or default_path(date, device_name(), backend, parsed.quick)
+        path = parsed.out
         if path.suffix != ".json":
-            path = path / default_path(date, device_name(), backend, parsed.quick).name
+            path = path_of(device_name(), backend, parsed.quick, folder=path)
         record = run_backend(parsed.selected, path, header, options, parsed.dtype)
         show.print_record(console, record)
         console.print(f"stored in {path}", soft_wrap=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +136,9 @@ def _others(latest: Latest) -> str:
     return _folded("Peers and dispatchers", lead, _markdown(header, body))
 
 
-def _order(latest: Latest, row: Row, wanted: Any, *fields: str) -> list[tuple[str, ...]]:
+def _order(
+    latest: Latest, row: Row, wanted: Callable[[dict[str, Any]], bool], *fields: str
+) -> list[tuple[str, ...]]:
     """The values of some fields of the wanted lines, in the order in which they were stored."""
     values = [
         tuple(line[field] for field in fields)
@@ -200,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--chart", type=Path, default=_ROOT / CHART, help="where the chart goes")
     parsed = parser.parse_args(arguments)
     try:
-        records = results.read_all(parsed.results.glob("*.json"))
+        records = results.read_all(parsed.results.glob("*/*.json"))
         before = parsed.page.read_text(encoding="utf-8")
         after = between_marks(before, render(records))
     except (OSError, ValueError) as error:

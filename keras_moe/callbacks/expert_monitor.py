@@ -3,13 +3,13 @@
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import keras
 import numpy as np
 
 from keras_moe.callbacks.writers import CsvWriter, JsonWriter, TensorBoardWriter, Writer
 from keras_moe.core import checks
+from keras_moe.core.types import Config, Logs
 from keras_moe.inspection.alarms import ExpertAlarm, alarms
 from keras_moe.inspection.health import BY_DEFAULT, NAMES, Counts, difference
 from keras_moe.inspection.layer_numbers import layer_numbers
@@ -106,22 +106,22 @@ class ExpertMonitor(keras.callbacks.Callback):
         self._raised: set[tuple[str, str]] = set()
         self._writers: list[Writer] = []
 
-    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+    def on_train_begin(self, logs: Logs | None = None) -> None:
         self._raised = set()
         paths = ((self.csv, CsvWriter), (self.json, JsonWriter), (self.log_dir, TensorBoardWriter))
         self._writers = [make(Path(path)) for path, make in paths if path is not None]
 
-    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+    def on_epoch_begin(self, epoch: int, logs: Logs | None = None) -> None:
         self._before = {id(layer): counts for _, layer, counts in self._read()}
         self._latest = {}
 
-    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+    def on_train_batch_end(self, batch: int, logs: Logs | None = None) -> None:
         if (batch + 1) % self.every == 0:
             self._latest = self._scalars(self._new(), self.metrics)
         if logs is not None:
             logs.update(self._latest)
 
-    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+    def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
         new = self._new()
         self._latest = self._scalars(new, self.metrics)
         if logs is not None:
@@ -137,18 +137,18 @@ class ExpertMonitor(keras.callbacks.Callback):
             for name, layer, counts in new:
                 self._warn(name, layer, counts, epoch)
 
-    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+    def on_train_end(self, logs: Logs | None = None) -> None:
         for writer in self._writers:
             writer.close()
         self._writers = []
 
-    def _warn(self, name: str, layer: Any, counts: Counts, epoch: int) -> None:
+    def _warn(self, name: str, layer: keras.layers.Layer, counts: Counts, epoch: int) -> None:
         for kind, message in alarms(layer, counts):
             if (name, kind) not in self._raised:
                 self._raised.add((name, kind))
                 warnings.warn(f"{name}, epoch {epoch + 1}: {message}", ExpertAlarm, stacklevel=2)
 
-    def _new(self) -> list[tuple[str, Any, Counts]]:
+    def _new(self) -> list[tuple[str, keras.layers.Layer, Counts]]:
         """By layer, what was counted in this epoch."""
         before = self._before  # lacks the layers that TensorFlow's first step builds
         return [
@@ -157,19 +157,21 @@ class ExpertMonitor(keras.callbacks.Callback):
         ]
 
     @staticmethod
-    def _scalars(new: Sequence[tuple[str, Any, Counts]], wanted: Sequence[str]) -> dict[str, float]:
+    def _scalars(
+        new: Sequence[tuple[str, keras.layers.Layer, Counts]], wanted: Sequence[str]
+    ) -> dict[str, float]:
         return {
             f"{name}/{key}": value
             for name, layer, counts in new
             for key, value in layer_numbers(layer, counts, wanted).items()
         }
 
-    def _read(self) -> list[tuple[str, Any, Counts]]:
+    def _read(self) -> list[tuple[str, keras.layers.Layer, Counts]]:
         # The JAX trainer keeps the state outside of the variables until it is asked for.
         getattr(self.model, "jax_state_sync", _nothing)()
         return [(name, layer, layer.running_counts()) for name, layer in named_layers(self.model)]
 
-    def get_config(self) -> dict[str, Any]:
+    def get_config(self) -> Config:
         paths = {"csv": self.csv, "json": self.json, "log_dir": self.log_dir}
         return {
             "every": self.every,

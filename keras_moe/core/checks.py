@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Collection
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeGuard, TypeVar
 
 import keras
 import numpy as np
@@ -12,45 +12,45 @@ from keras_moe.core.types import Shape, Tensor
 T = TypeVar("T")
 
 
-def fail(expectation: str, **received: Any) -> NoReturn:
+def fail(expectation: str, **received: object) -> NoReturn:
     """Raises a `ValueError` in Keras's form: what is expected, then what was received."""
     shown = ", ".join(f"{name}={value!r}" for name, value in received.items())
     raise ValueError(f"{expectation} Received: {shown}")
 
 
-def _is_integer(value: object) -> bool:
+def _is_integer(value: object) -> TypeGuard[int]:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
-def positive_int(name: str, value: Any) -> int:
+def positive_int(name: str, value: object) -> int:
     """Returns `value` as an `int` of at least 1."""
     if not _is_integer(value) or value < 1:
         fail(f"`{name}` must be a positive integer.", **{name: value})
     return int(value)
 
 
-def integer(name: str, value: Any) -> int:
+def integer(name: str, value: object) -> int:
     """Returns `value` as an `int`."""
     if not _is_integer(value):
         fail(f"`{name}` must be an integer or None.", **{name: value})
     return int(value)
 
 
-def int_at_least(name: str, value: Any, low: int) -> int:
+def int_at_least(name: str, value: object, low: int) -> int:
     """Returns `value` as an `int` of at least `low`."""
     if not _is_integer(value) or value < low:
         fail(f"`{name}` must be an integer of at least {low}.", **{name: value})
     return int(value)
 
 
-def int_between(name: str, value: Any, low: int, high: int, high_name: str) -> int:
+def int_between(name: str, value: object, low: int, high: int, high_name: str) -> int:
     """Returns `value` as an `int` in [low, high]."""
     if not _is_integer(value) or not low <= value <= high:
         fail(f"`{name}` must be an integer between {low} and {high_name}={high}.", **{name: value})
     return int(value)
 
 
-def non_negative(name: str, value: Any) -> float:
+def non_negative(name: str, value: object) -> float:
     """Returns `value` as a finite `float` of at least 0."""
     number = _number(name, value, "a number of at least 0")
     if number < 0:
@@ -58,7 +58,7 @@ def non_negative(name: str, value: Any) -> float:
     return number
 
 
-def positive(name: str, value: Any) -> float:
+def positive(name: str, value: object) -> float:
     """Returns `value` as a finite `float` above 0."""
     number = _number(name, value, "a number above 0")
     if number <= 0:
@@ -66,7 +66,7 @@ def positive(name: str, value: Any) -> float:
     return number
 
 
-def rate(name: str, value: Any) -> float:
+def rate(name: str, value: object) -> float:
     """Returns `value` as a `float` in [0, 1)."""
     number = _number(name, value, "a number in [0, 1)")
     if not 0 <= number < 1:
@@ -81,26 +81,26 @@ def _number(name: str, value: Any, expected: str) -> float:
     return float(value)
 
 
-def optional(check: Callable[[str, Any], T], name: str, value: Any) -> T | None:
+def optional(check: Callable[[str, Any], T], name: str, value: object) -> T | None:
     """Returns None for None, and the checked value otherwise."""
     return None if value is None else check(name, value)
 
 
-def one_of(name: str, value: Any, known: Collection[str]) -> str:
+def one_of(name: str, value: object, known: Collection[str]) -> str:
     """Returns `value` if it is one of the known names."""
     if value not in known:
         fail(f"`{name}` must be one of {sorted(known)}.", **{name: value})
     return str(value)
 
 
-def keras_layer(name: str, value: Any) -> keras.layers.Layer:
+def keras_layer(name: str, value: object) -> keras.layers.Layer:
     """Returns `value` if it is a layer or model of Keras 3."""
     if not isinstance(value, keras.layers.Layer):
         fail(f"`{name}` must be a Keras 3 model or layer.", **{f"type({name})": type(value)})
     return value
 
 
-def built(name: str, value: Any) -> keras.layers.Layer:
+def built(name: str, value: object) -> keras.layers.Layer:
     """Returns `value` if it is a layer or model of Keras 3 that is built."""
     layer = keras_layer(name, value)
     if not layer.built:

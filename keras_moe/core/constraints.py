@@ -1,7 +1,5 @@
 """Constraints of stacked expert weights."""
 
-from typing import Any
-
 import keras
 from keras import ops
 
@@ -31,7 +29,7 @@ class PerExpertConstraint(keras.constraints.Constraint):
         return {"constraint": keras.constraints.serialize(self.constraint)}
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "PerExpertConstraint":
+    def from_config(cls, config: Config) -> "PerExpertConstraint":
         return cls(**config)
 
 

@@ -5,6 +5,7 @@ Keras counts the leading expert axis of an `(E, in, out)` kernel as a receptive 
 call, which makes all experts start equal. Both ruin a mixture silently.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -27,7 +28,7 @@ class FiniteInitializer(keras.initializers.Initializer):
         self.initializer = keras.initializers.get(initializer)
         self.weight = weight
 
-    def __call__(self, shape: Any, dtype: Any = None) -> Tensor:
+    def __call__(self, shape: Sequence[int], dtype: str | None = None) -> Tensor:
         value = self.initializer(shape, dtype=dtype)
         try:
             array = ops.convert_to_numpy(ops.cast(value, "float32"))
@@ -61,7 +62,7 @@ class PerExpertInitializer(keras.initializers.Initializer):
         self.initializer = keras.initializers.get(initializer)
         self.weight = weight
 
-    def __call__(self, shape: Any, dtype: Any = None) -> Tensor:
+    def __call__(self, shape: Sequence[int], dtype: str | None = None) -> Tensor:
         num_experts, *expert_shape = shape
         return ops.stack(
             [

@@ -1,15 +1,19 @@
 """The FLOPs of a model for one example."""
 
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from typing import Any
+from typing import Any, TypeAlias
 
 import keras
 
 from keras_moe.core import checks
+from keras_moe.core.types import Shape
 from keras_moe.flops.layer_flops import layer_flops
 
+Shapes: TypeAlias = Shape | Sequence[Shape] | Mapping[str, Shape]
 
-def active_flops(model: keras.layers.Layer, input_shape: Any = None) -> int:
+
+def active_flops(model: keras.layers.Layer, input_shape: Shapes | None = None) -> int:
     """Counts the FLOPs of a forward pass for one example.
 
     flops = 2 * sum over products of (multiplies with their add), sparse layers with k of E experts
@@ -51,7 +55,7 @@ def active_flops(model: keras.layers.Layer, input_shape: Any = None) -> int:
     return round(Fraction(layer_flops(model, inputs), batch))
 
 
-def _inputs_of_one_example(model: keras.layers.Layer, input_shape: Any) -> Any:
+def _inputs_of_one_example(model: keras.layers.Layer, input_shape: Shapes | None) -> Any:
     known = _known_inputs(model)
     if input_shape is None:
         inputs = known
@@ -74,7 +78,7 @@ def _inputs_of_one_example(model: keras.layers.Layer, input_shape: Any) -> Any:
     )
 
 
-def _check_shapes(input_shape: Any) -> None:
+def _check_shapes(input_shape: Shapes) -> None:
     """Fails if the argument is no structure of shapes. Unknown sizes are checked later."""
     sizes = [size for size in keras.tree.flatten(input_shape) if size is not None]
     is_structure = isinstance(input_shape, tuple | list | dict)

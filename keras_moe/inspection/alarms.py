@@ -1,10 +1,12 @@
 """Alarms: what is wrong with a layer's experts, and what to try."""
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import keras
 import numpy as np
 
+from keras_moe.core.types import Array
 from keras_moe.inspection.health import Counts, amounts_of, dead_experts, health, shares_of
 from keras_moe.inspection.layer_numbers import has_capacity, task_names
 
@@ -31,13 +33,13 @@ class Alarm(NamedTuple):
     message: str
 
 
-def can_be_judged(amounts: Any) -> bool:
+def can_be_judged(amounts: Array) -> bool:
     """Whether there are several experts, and enough was counted to rule out chance."""
     num_experts = amounts.shape[-1]
     return bool(num_experts > 1 and amounts.sum(axis=-1).min() >= _ENOUGH * num_experts)
 
 
-def alarms(layer: Any, counts: Counts) -> Iterator[Alarm]:
+def alarms(layer: keras.layers.Layer, counts: Counts) -> Iterator[Alarm]:
     """Returns the problems of a layer, from its counts over some time, such as an epoch."""
     measure, amounts = amounts_of(counts)
     num_experts = amounts.shape[-1]
@@ -79,7 +81,7 @@ def alarms(layer: Any, counts: Counts) -> Iterator[Alarm]:
     yield from _polarised(layer, amounts)
 
 
-def _polarised(layer: Any, amounts: Any) -> Iterator[Alarm]:
+def _polarised(layer: keras.layers.Layer, amounts: Array) -> Iterator[Alarm]:
     """The tasks of a multi-gate layer that read one expert alone."""
     if len(amounts) == 1:
         return

@@ -5,7 +5,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-Counts: TypeAlias = dict[str, Any]
+from keras_moe.core.types import Array
+
+Counts: TypeAlias = dict[str, Array]
 
 BY_DEFAULT = ("load_cv", "importance_cv", "dropped", "entropy")
 NAMES = (
@@ -74,26 +76,26 @@ def _of_slots(counts: Counts) -> dict[str, Callable[[], Any]]:
     }
 
 
-def amounts_of(counts: Counts) -> tuple[str, Any]:
+def amounts_of(counts: Counts) -> tuple[str, Array]:
     """Returns "load" or "importance", and its values `(tasks, E)`, one row without tasks."""
     measure = "load" if "load" in counts else "importance"
     return measure, np.atleast_2d(counts[measure])
 
 
-def shares_of(amounts: Any) -> Any:
+def shares_of(amounts: Array) -> Array:
     """The share of each expert, `(tasks, E)`; equal shares where nothing was counted."""
     total = amounts.sum(axis=-1, keepdims=True)
     even = np.full(amounts.shape, 1.0 / amounts.shape[-1])
     return np.where(total > 0, amounts / np.maximum(total, _TINY), even)
 
 
-def used_experts(amounts: Any) -> Any:
+def used_experts(amounts: Array) -> Array:
     """exp(entropy of the experts' shares) `(tasks,)`: the number of experts in use."""
     shares = shares_of(amounts)
     return np.exp(-np.sum(shares * np.log(np.maximum(shares, _TINY)), axis=-1))
 
 
-def dead_experts(amounts: Any) -> list[int]:
+def dead_experts(amounts: Array) -> list[int]:
     """The experts that get less than 1 % of their fair share from every task."""
     shares = shares_of(amounts)
     return [int(e) for e in np.flatnonzero((shares < _DEAD / shares.shape[-1]).all(axis=0))]

@@ -1,14 +1,17 @@
 """Collects a layer's health metrics by display name."""
 
 from collections.abc import Collection
-from typing import Any
 
+import keras
 import numpy as np
 
+from keras_moe.core.types import Array
 from keras_moe.inspection.health import NAMES, Counts, health
 
 
-def layer_numbers(layer: Any, counts: Counts, wanted: Collection[str] = NAMES) -> dict[str, float]:
+def layer_numbers(
+    layer: keras.layers.Layer, counts: Counts, wanted: Collection[str] = NAMES
+) -> dict[str, float]:
     """Returns the metrics of a layer, from its counts and its weights.
 
     Args:
@@ -28,18 +31,18 @@ def layer_numbers(layer: Any, counts: Counts, wanted: Collection[str] = NAMES) -
     return values
 
 
-def has_capacity(layer: Any) -> bool:
+def has_capacity(layer: keras.layers.Layer) -> bool:
     """Whether a layer can drop assignments."""
     return getattr(layer, "capacity_factor", None) is not None
 
 
-def task_names(layer: Any) -> list[str]:
+def task_names(layer: keras.layers.Layer) -> list[str]:
     """The names of a multi-gate layer's tasks; "task_0" and so on where it has a count."""
     tasks = layer.tasks
     return [f"task_{task}" for task in range(tasks)] if isinstance(tasks, int) else list(tasks)
 
 
-def _slot_cosine(cosines: Any) -> dict[str, float]:
+def _slot_cosine(cosines: Array | None) -> dict[str, float]:
     """The mean over pairs of slots, or None for a single slot and for slots without vectors."""
     if cosines is None or len(cosines) == 1:
         return {}

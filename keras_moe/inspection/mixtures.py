@@ -1,14 +1,18 @@
 """Search for the mixture layers of a model, and their names."""
 
 from collections import Counter
-from typing import Any
+from typing import TypeVar
+
+import keras
 
 from keras_moe.core import checks
 
+T = TypeVar("T")
 
-def mixture_layers(model: Any) -> list[Any]:
+
+def mixture_layers(model: keras.layers.Layer) -> list[keras.layers.Layer]:
     """Returns the built layers of a model that count, nested ones too, in the model's order."""
-    layers: dict[int, Any] = {}
+    layers: dict[int, keras.layers.Layer] = {}
     _collect(checks.keras_layer("model", model), layers)
     return [
         layer
@@ -17,7 +21,7 @@ def mixture_layers(model: Any) -> list[Any]:
     ]
 
 
-def _collect(layer: Any, layers: dict[int, Any]) -> None:
+def _collect(layer: keras.layers.Layer, layers: dict[int, keras.layers.Layer]) -> None:
     """Adds a layer and what it holds, once each; Keras's own list has nested layers backwards."""
     if id(layer) not in layers:
         layers[id(layer)] = layer
@@ -25,7 +29,7 @@ def _collect(layer: Any, layers: dict[int, Any]) -> None:
             _collect(sublayer, layers)
 
 
-def unique_names(layers: list[Any]) -> list[tuple[str, Any]]:
+def unique_names(layers: list[keras.layers.Layer]) -> list[tuple[str, keras.layers.Layer]]:
     """Names the layers by their own name: "moe", then "moe#2" for a second "moe"."""
     seen: Counter[str] = Counter()
     named = []
@@ -36,14 +40,14 @@ def unique_names(layers: list[Any]) -> list[tuple[str, Any]]:
     return named
 
 
-def named_layers(model: Any) -> list[tuple[str, Any]]:
+def named_layers(model: keras.layers.Layer) -> list[tuple[str, keras.layers.Layer]]:
     """The mixture layers of a model by name."""
     return unique_names(mixture_layers(model))
 
 
 def one_layer(
-    model: Any, by_layer: dict[str, Any], layer: str | None, kind: str
-) -> tuple[str, Any]:
+    model: keras.layers.Layer, by_layer: dict[str, T], layer: str | None, kind: str
+) -> tuple[str, T]:
     """The named layer's entry, or the only one.
 
     Args:

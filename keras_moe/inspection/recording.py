@@ -8,11 +8,12 @@ import keras
 from keras import ops
 
 from keras_moe.core import checks
+from keras_moe.inspection.health import Counts
 from keras_moe.inspection.mixtures import named_layers
 
 
 @contextmanager
-def record_routing(model: Any) -> Iterator[dict[str, list[Any]]]:
+def record_routing(model: keras.layers.Layer) -> Iterator[dict[str, list[Any]]]:
     """Collects what every mixture layer of a model decides, in the calls inside the context.
 
     Call the model itself, which is eager: `predict` and `fit` compile it, and what they decide
@@ -51,7 +52,7 @@ def record_routing(model: Any) -> Iterator[dict[str, list[Any]]]:
 
 
 @contextmanager
-def listening(layer: Any, listener: Callable[[Any], None]) -> Iterator[None]:
+def listening(layer: keras.layers.Layer, listener: Callable[[Any], None]) -> Iterator[None]:
     """Passes the record of every call of a mixture layer to a function."""
     before = layer.recorder
 
@@ -68,7 +69,7 @@ def listening(layer: Any, listener: Callable[[Any], None]) -> Iterator[None]:
 
 
 @contextmanager
-def count_routing(model: Any) -> Iterator[dict[str, dict[str, Any]]]:
+def count_routing(model: keras.layers.Layer) -> Iterator[dict[str, Counts]]:
     """Lets every mixture layer count in inference too, in the calls inside the context.
 
     Args:
@@ -81,7 +82,7 @@ def count_routing(model: Any) -> Iterator[dict[str, dict[str, Any]]]:
     Raises:
         ValueError: where the model is none, or has no mixture layer that is built.
     """
-    counts: dict[str, dict[str, Any]] = {}
+    counts: dict[str, Counts] = {}
     with ExitStack() as restored:
         counting = [
             (name, layer, restored.enter_context(_counting(layer)))
@@ -94,7 +95,7 @@ def count_routing(model: Any) -> Iterator[dict[str, dict[str, Any]]]:
 
 
 @contextmanager
-def _counting(layer: Any) -> Iterator[dict[str, Any]]:
+def _counting(layer: keras.layers.Layer) -> Iterator[Counts]:
     """Lets a layer count in inference; gives its counts before."""
     if layer.counts_always:  # for a context around this one, which wants these calls too
         yield layer.running_counts()
@@ -113,7 +114,7 @@ def _counting(layer: Any) -> Iterator[dict[str, Any]]:
             variable.assign(value)
 
 
-def _named_mixtures(model: Any) -> list[tuple[str, Any]]:
+def _named_mixtures(model: keras.layers.Layer) -> list[tuple[str, keras.layers.Layer]]:
     named = named_layers(model)
     if not named:
         checks.fail(

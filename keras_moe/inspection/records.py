@@ -1,13 +1,14 @@
 """Decisions of a model's layers about data, as arrays for pictures."""
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import keras
 import numpy as np
 from keras import ops
 
 from keras_moe.core import checks
+from keras_moe.core.types import Array, Data, Tensor
 from keras_moe.inspection.mixtures import named_layers, one_layer
 from keras_moe.inspection.recording import record_routing
 
@@ -26,11 +27,13 @@ class Record(NamedTuple):
         fields: arrays by field of its routing record, batches joined.
     """
 
-    layer: Any
-    fields: dict[str, Any]
+    layer: keras.layers.Layer
+    fields: dict[str, Array]
 
 
-def records_of(model: Any, x: Any, batch_size: int, *kinds: tuple[str, ...]) -> dict[str, Record]:
+def records_of(
+    model: keras.layers.Layer, x: Data, batch_size: int, *kinds: tuple[str, ...]
+) -> dict[str, Record]:
     """Returns what the mixture layers decide about `x`, with batches joined.
 
     Args:
@@ -44,7 +47,7 @@ def records_of(model: Any, x: Any, batch_size: int, *kinds: tuple[str, ...]) -> 
         calls several times has one per call, "moe (call 1)" and so on.
     """
     layers = dict(named_layers(model))
-    parts: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    parts: dict[tuple[str, int], list[dict[str, Array]]] = {}
     for batch in _batches(x, batch_size):
         with record_routing(model) as records:
             model(batch, training=False)
@@ -64,7 +67,7 @@ def records_of(model: Any, x: Any, batch_size: int, *kinds: tuple[str, ...]) -> 
     }
 
 
-def _batches(x: Any, batch_size: int) -> Iterator[Any]:
+def _batches(x: Data, batch_size: int) -> Iterator[Data]:
     checks.positive_int("batch_size", batch_size)
     arrays = _arrays(x)
     if not all(len(getattr(array, "shape", ())) for array in arrays):
@@ -85,17 +88,17 @@ def _batches(x: Any, batch_size: int) -> Iterator[Any]:
         yield examples_at(x, slice(start, start + batch_size))
 
 
-def _arrays(x: Any) -> list[Any]:
+def _arrays(x: Data) -> list[Tensor]:
     """The inputs in a list, without optional ones that are None."""
     return [array for array in keras.tree.flatten(x) if array is not None]
 
 
-def example_count(x: Any) -> int:
+def example_count(x: Data) -> int:
     """The number of examples in the inputs."""
     return len(next(iter(_arrays(x)), ()))
 
 
-def examples_at(x: Any, places: Any) -> Any:
+def examples_at(x: Data, places: slice | Sequence[int] | Array) -> Data:
     """Some of the examples, by a slice or their places."""
     return keras.tree.map_structure(lambda array: array[places], x, none_is_leaf=False)
 
@@ -105,7 +108,7 @@ def is_by_example(record: Record, count: int) -> bool:
     return all(len(array) == count for array in record.fields.values())
 
 
-def check_by_example(name: str, record: Record, x: Any) -> None:
+def check_by_example(name: str, record: Record, x: Data) -> None:
     """Fails where a layer decides about something else than examples or their tokens."""
     count = example_count(x)
     if not is_by_example(record, count):
@@ -117,13 +120,13 @@ def check_by_example(name: str, record: Record, x: Any) -> None:
         )
 
 
-def takers_of(record: Record) -> Any:
+def takers_of(record: Record) -> Array:
     """Marks the experts of a sparse layer that process a token, bool `(..., E)`, without drops."""
     chosen = record.fields["experts"][..., None] == np.arange(record.layer.num_experts)
     return (chosen & record.fields["kept"][..., None]).any(axis=-2)
 
 
-def weights_of(record: Record) -> Any:
+def weights_of(record: Record) -> Array:
     """The weight of each expert in a token, `(..., E)`, 0 where it was not chosen or had no room.
 
     In a soft layer that is the sum of the combine weights of the expert's slots.
@@ -137,13 +140,15 @@ def weights_of(record: Record) -> Any:
     return (chosen * weights[..., None]).sum(axis=-2)
 
 
-def expert_weights(model: Any, x: Any, layer: str | None, batch_size: int) -> tuple[str, Record]:
+def expert_weights(
+    model: keras.layers.Layer, x: Data, layer: str | None, batch_size: int
+) -> tuple[str, Record]:
     """The record of a sparse or soft layer, and its name."""
     kind = "a layer that sends tokens to experts, or a `SoftMoE`"
     return one_layer(model, records_of(model, x, batch_size, SPARSE, SOFT), layer, kind)
 
 
-def used_by_example(record: Record) -> Any:
+def used_by_example(record: Record) -> Array:
     """The use of each expert by each example, `(n, E)`.
 
     In a sparse layer that is the number of its tokens that an expert gets. In a soft layer and in
@@ -158,5 +163,5 @@ def used_by_example(record: Record) -> Any:
     return used.reshape(len(used), -1, used.shape[-1]).sum(axis=1, dtype=np.float64)
 
 
-def _has(record: Any, fields: tuple[str, ...]) -> bool:
+def _has(record: object, fields: tuple[str, ...]) -> bool:
     return all(hasattr(record, field) for field in fields)

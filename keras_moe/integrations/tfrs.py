@@ -7,6 +7,7 @@ from typing import Any, Self
 import keras
 
 from keras_moe.core.optional import import_of_extra
+from keras_moe.core.types import Config
 
 if os.environ.get("TF_USE_LEGACY_KERAS") not in ("1", "true", "True"):
     raise ImportError(
@@ -205,12 +206,12 @@ class KerasBridge(tf_keras.layers.Layer):
         for index, variable in enumerate(variables):
             variable.assign(store[str(index)])
 
-    def get_config(self) -> dict[str, Any]:
+    def get_config(self) -> Config:
         layer = keras.saving.serialize_keras_object(self.layer)
         return {**super().get_config(), "layer": layer}
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> Self:
+    def from_config(cls, config: Config) -> Self:
         layer = keras.saving.deserialize_keras_object(config["layer"])
         return cls(**{**config, "layer": layer})
 

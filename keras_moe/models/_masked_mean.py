@@ -1,7 +1,5 @@
 """The mean over the places that are not padding."""
 
-from typing import Any
-
 import keras
 from keras import ops
 
@@ -33,6 +31,6 @@ class MaskedMean(keras.layers.Layer):
     def compute_mask(self, inputs: Tensor, previous_mask: Tensor | None) -> None:
         """Leaves no mask: the axis is gone."""
 
-    def compute_output_shape(self, input_shape: Any) -> Shape:
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
         batch, _, width = input_shape
         return (batch, width)

@@ -1,7 +1,5 @@
 """Patches of images as vectors."""
 
-from typing import Any
-
 import keras
 from keras import ops
 
@@ -39,10 +37,10 @@ class PatchEmbedding(keras.layers.Conv2D):
         )
         return ops.reshape(ops.any(pixels, axis=(2, 4)), (-1, self._count(inputs.shape)))
 
-    def compute_output_shape(self, input_shape: Any) -> Shape:
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
         return (input_shape[0], self._count(input_shape), self.filters)
 
-    def _count(self, input_shape: Any) -> int:
+    def _count(self, input_shape: Shape) -> int:
         _, height, width, _ = input_shape
         return int(height // self.kernel_size[0]) * int(width // self.kernel_size[1])
 

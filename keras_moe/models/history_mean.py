@@ -1,6 +1,7 @@
 """The mean of a history's vectors, without its padding."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TypeAlias
 
 import keras
 from keras import ops
@@ -8,6 +9,8 @@ from keras import ops
 from keras_moe.core import checks
 from keras_moe.core.types import Shape, Tensor
 from keras_moe.models._masked_mean import masked_mean
+
+Masks: TypeAlias = Sequence[Tensor | None] | None
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -43,12 +46,12 @@ class HistoryMean(keras.layers.Layer):
     True
     """
 
-    def build(self, input_shape: Any) -> None:
+    def build(self, input_shape: Sequence[Shape]) -> None:
         vectors, ids = (tuple(shape) for shape in input_shape)
         if len(vectors) != 3 or len(ids) != 2:
             checks.fail("`HistoryMean` expects [(batch, n, d), (batch, n)].", shapes=input_shape)
 
-    def call(self, inputs: Any, mask: Any = None) -> Tensor:
+    def call(self, inputs: Sequence[Tensor], mask: Masks = None) -> Tensor:
         vectors, ids = inputs
         known = ops.not_equal(ids, 0)
         for input_mask in mask or ():
@@ -56,9 +59,9 @@ class HistoryMean(keras.layers.Layer):
                 known = ops.logical_and(known, ops.cast(input_mask, "bool"))
         return masked_mean(vectors, known, self.compute_dtype)
 
-    def compute_mask(self, inputs: Any, previous_mask: Any) -> None:
+    def compute_mask(self, inputs: Sequence[Tensor], previous_mask: Masks) -> None:
         """Leaves no mask: the axis is gone."""
 
-    def compute_output_shape(self, input_shape: Any) -> Shape:
+    def compute_output_shape(self, input_shape: Sequence[Shape]) -> Shape:
         vectors = tuple(input_shape[0])
         return (vectors[0], vectors[-1])

@@ -1,11 +1,17 @@
 """Figures with a common look, without pyplot and its global state."""
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from keras_moe.core.optional import import_of_extra
+from keras_moe.core.types import Array
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
 
 # Perceptually even, and told apart by the colour-blind and in grey.
 AMOUNT = "cividis"
@@ -16,7 +22,7 @@ FILLS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E
 _MOST_LABELS = 32
 
 
-def new_figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> "Figure":
     """A figure that belongs to no window."""
     needed = partial(import_of_extra, "plot", "`keras_moe.plots`")
     figure = needed("matplotlib.figure").Figure(figsize=(width, height), layout="constrained")
@@ -25,9 +31,9 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def heat_map(
-    figure: Any,
-    axis: Any,
-    values: Any,
+    figure: "Figure",
+    axis: "Axes",
+    values: Array,
     rows: list[str],
     columns: list[str],
     unit: str,
@@ -47,7 +53,7 @@ def heat_map(
     figure.colorbar(image, ax=axis, label=unit)
 
 
-def _label(axis: Any, names: list[str]) -> None:
+def _label(axis: "Axis", names: list[str]) -> None:
     step = -(-len(names) // _MOST_LABELS)
     places = list(range(0, len(names), step))
     axis.set_ticks(places, [names[place] for place in places], parse_math=False)
@@ -58,7 +64,7 @@ def numbered(count: int) -> list[str]:
     return [str(number) for number in range(count)]
 
 
-def expert_colours(used: Any) -> tuple[list[str], Any]:
+def expert_colours(used: Array) -> tuple[list[str], Array]:
     """Returns the fill of each expert, and whether no other expert shares it, bool `(E,)`.
 
     Where there are more experts than fills, the most used ones have one, the others are grey.

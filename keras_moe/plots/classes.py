@@ -1,11 +1,13 @@
 """Picture of the classes that use each expert."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import keras
 import numpy as np
 
 from keras_moe.core import checks
+from keras_moe.core.types import Array, Data
 from keras_moe.inspection.mixtures import one_layer
 from keras_moe.inspection.records import (
     GATES,
@@ -18,16 +20,19 @@ from keras_moe.inspection.records import (
 )
 from keras_moe.plots._canvas import heat_map, new_figure, numbered
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 
 def class_by_expert(
-    model: Any,
-    x: Any,
+    model: keras.layers.Layer,
+    x: Data,
     y: Any,
     *,
     layer: str | None = None,
     class_names: Sequence[str] | None = None,
     batch_size: int = 256,
-) -> Any:
+) -> "Figure":
     """Draws where the tokens of each class go: classes down, experts across, rows that sum to 1.
 
     For `SoftMoE` a share is of the combine weight of the class's tokens; for `MMoE`, of the gate
@@ -69,7 +74,7 @@ def unit_of(record: Record) -> str:
     return "share of the class's " + ("tokens" if "experts" in record.fields else "weight")
 
 
-def draw_classes(name: str, by_class: Any, rows: list[str], unit: str) -> Any:
+def draw_classes(name: str, by_class: Array, rows: list[str], unit: str) -> "Figure":
     """Draws the use of experts `(classes, E)`, in shares of each class."""
     shares = by_class / np.maximum(by_class.sum(axis=1, keepdims=True), 1e-12)
     num_experts = shares.shape[-1]

@@ -2,16 +2,21 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
+import keras
 import numpy as np
 
 from keras_moe.core import checks
+from keras_moe.core.types import Array, Data
 from keras_moe.inspection.records import SPARSE, records_of, takers_of
 from keras_moe.plots._canvas import heat_map, new_figure, numbered
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-def expert_load(model: Any, x: Any, *, batch_size: int = 256) -> Any:
+
+def expert_load(model: keras.layers.Layer, x: Data, *, batch_size: int = 256) -> "Figure":
     """Draws each sparse layer's load on some data: layers down, experts across, 1 for a fair share.
 
     Args:
@@ -34,7 +39,7 @@ def expert_load(model: Any, x: Any, *, batch_size: int = 256) -> Any:
     return draw_load(shares, "load over the mean")
 
 
-def draw_load(shares: dict[str, Any], unit: str) -> Any:
+def draw_load(shares: dict[str, Array], unit: str) -> "Figure":
     """Draws each layer's shares of its experts, 1 for a fair one."""
     most = max(len(row) for row in shares.values())
     values = np.full((len(shares), most), np.nan)
@@ -48,7 +53,7 @@ def draw_load(shares: dict[str, Any], unit: str) -> Any:
     return figure
 
 
-def load_over_time(path: str | Path) -> Any:
+def load_over_time(path: str | Path) -> "Figure":
     """Draws how each layer's load went through a `fit`: epochs across, experts down.
 
     Args:

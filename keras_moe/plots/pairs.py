@@ -1,17 +1,24 @@
 """Pictures of pairs: experts with the same tokens, and slots that are alike."""
 
-from typing import Any
+from typing import TYPE_CHECKING
 
+import keras
 import numpy as np
 
+from keras_moe.core.types import Array, Data
 from keras_moe.inspection.mixtures import named_layers, one_layer
 from keras_moe.inspection.records import SPARSE, Record, records_of, takers_of
 from keras_moe.plots._canvas import heat_map, new_figure, numbered
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 _MOST_INCHES = 12.0
 
 
-def coactivation(model: Any, x: Any, *, layer: str | None = None, batch_size: int = 256) -> Any:
+def coactivation(
+    model: keras.layers.Layer, x: Data, *, layer: str | None = None, batch_size: int = 256
+) -> "Figure":
     """Draws how often two experts get the same token, of the tokens that the first one gets.
 
     Args:
@@ -32,7 +39,7 @@ def coactivation(model: Any, x: Any, *, layer: str | None = None, batch_size: in
     return draw_pairs(name, record)
 
 
-def draw_pairs(name: str, record: Record) -> Any:
+def draw_pairs(name: str, record: Record) -> "Figure":
     """Draws the co-activation of a sparse layer's experts."""
     num_experts = record.layer.num_experts
     taken = takers_of(record).reshape(-1, num_experts).astype(np.float64)
@@ -42,7 +49,7 @@ def draw_pairs(name: str, record: Record) -> Any:
     return _matrix(shares, numbered(num_experts), "share of the row's tokens", f"Together: {name}")
 
 
-def slot_similarity(model: Any, *, layer: str | None = None) -> Any:
+def slot_similarity(model: keras.layers.Layer, *, layer: str | None = None) -> "Figure":
     """Draws how alike the slots of a `SoftMoE` are: cosines of their vectors `phi`, absolute.
 
     Args:
@@ -63,7 +70,7 @@ def slot_similarity(model: Any, *, layer: str | None = None) -> Any:
     return draw_slots(*one_layer(model, soft, layer, "a `SoftMoE` that scores its slots"))
 
 
-def draw_slots(name: str, layer: Any) -> Any:
+def draw_slots(name: str, layer: keras.layers.Layer) -> "Figure":
     """Draws how alike the slots of a soft layer are."""
     cosines = layer.slot_cosines()
     np.fill_diagonal(cosines, np.nan)
@@ -72,7 +79,7 @@ def draw_slots(name: str, layer: Any) -> Any:
     return _matrix(cosines, slots, "absolute cosine", f"Slots (expert.slot): {name}")
 
 
-def _matrix(values: Any, names: list[str], unit: str, title: str) -> Any:
+def _matrix(values: Array, names: list[str], unit: str, title: str) -> "Figure":
     size = min(max(5.0, 0.28 * len(names) + 1.5), _MOST_INCHES)
     figure = new_figure(size + 1.2, size)
     axis = figure.add_subplot()

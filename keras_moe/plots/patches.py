@@ -2,13 +2,19 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
+import keras
 import numpy as np
 
 from keras_moe.core import checks
+from keras_moe.core.types import Array, Data
 from keras_moe.inspection.records import check_by_example, expert_weights, weights_of
 from keras_moe.plots._canvas import FILLS, expert_colours, new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _SIDE = 1.35  # inches of a panel
 _MOST_NUMBERS = 12  # patches in a row with room for a number
@@ -17,16 +23,16 @@ _NOBODY = "#f4f4f4"
 
 
 def patch_experts(
-    model: Any,
-    images: Any,
+    model: keras.layers.Layer,
+    images: Data,
     *,
     layer: str | None = None,
     patch_grid: tuple[int, int] | None = None,
-    pictures: Any = None,
+    pictures: Array | None = None,
     titles: Sequence[str] | None = None,
     columns: int = 8,
     batch_size: int = 256,
-) -> Any:
+) -> "Figure":
     """Draws images, and below each its patches in the colour of the expert they take most of.
 
     In a sparse layer that is the chosen expert of most weight, in `SoftMoE` the one whose slots
@@ -89,7 +95,7 @@ def patch_experts(
     return figure
 
 
-def fits_grid(weights: Any, grid: tuple[int, int] | None, images: Any) -> bool:
+def fits_grid(weights: Array, grid: tuple[int, int] | None, images: Data) -> bool:
     """Whether weights `(n, ..., E)` are those of the patches of images that can be shown."""
     shape = tuple(getattr(images, "shape", ()))
     if len(shape) not in (3, 4) or (len(shape) == 4 and shape[-1] not in (1, 3)):
@@ -103,7 +109,7 @@ def fits_grid(weights: Any, grid: tuple[int, int] | None, images: Any) -> bool:
     return 0 < rows * columns <= tokens
 
 
-def _as_pictures(images: Any) -> Any:
+def _as_pictures(images: Data) -> Array:
     """Colour pictures `(n, height, width, 3)` between 0 and 1."""
     images = np.asarray(images, dtype=np.float64)
     if images.ndim == 3:
@@ -119,7 +125,7 @@ def _as_pictures(images: Any) -> Any:
     return np.broadcast_to(images, (*images.shape[:3], 3))
 
 
-def _on_grid(weights: Any, grid: tuple[int, int] | None, size: tuple[int, int]) -> Any:
+def _on_grid(weights: Array, grid: tuple[int, int] | None, size: tuple[int, int]) -> Array:
     """The weights of the patches, `(n, rows, columns, E)`."""
     if grid is None and weights.ndim == 4:  # the layer's inputs were a grid
         return weights
@@ -142,13 +148,13 @@ def _grid_like(tokens: int, size: tuple[int, int]) -> tuple[int, int]:
     return (rows, columns) if is_full else (0, 0)
 
 
-def _used(weights: Any) -> Any:
+def _used(weights: Array) -> Array:
     """The number of patches that take most of an expert, `(E,)`."""
     best = weights.argmax(axis=-1)[weights.max(axis=-1) > 0]
     return np.bincount(best, minlength=weights.shape[-1])
 
 
-def _draw_choices(panel: Any, picture: Any, weights: Any, colours: list[str]) -> None:
+def _draw_choices(panel: "Axes", picture: Array, weights: Array, colours: list[str]) -> None:
     """Patches in their experts' colours, as bright as the picture; a cross where none had room."""
     from matplotlib.colors import to_rgb
     from matplotlib.patheffects import Normal, Stroke
@@ -173,7 +179,7 @@ def _draw_choices(panel: Any, picture: Any, weights: Any, colours: list[str]) ->
         panel.text(*place, text, color="white", path_effects=outline, **style)
 
 
-def _draw_keys(figure: Any, used: Any, weights: Any) -> None:
+def _draw_keys(figure: "Figure", used: Array, weights: Array) -> None:
     from matplotlib.patches import Patch
 
     colours, is_own = expert_colours(used)

@@ -1,15 +1,22 @@
 """Picture of the gate weights of tasks."""
 
-from typing import Any
+from typing import TYPE_CHECKING
 
+import keras
 import numpy as np
 
+from keras_moe.core.types import Data
 from keras_moe.inspection.mixtures import one_layer
 from keras_moe.inspection.records import GATES, Record, records_of
 from keras_moe.plots._canvas import COLOURS, new_figure, numbered
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-def task_gates(model: Any, x: Any, *, layer: str | None = None, batch_size: int = 256) -> Any:
+
+def task_gates(
+    model: keras.layers.Layer, x: Data, *, layer: str | None = None, batch_size: int = 256
+) -> "Figure":
     """Draws the mean gate weights of an `MMoE`: a group of bars per expert, a bar per task.
 
     Args:
@@ -30,7 +37,7 @@ def task_gates(model: Any, x: Any, *, layer: str | None = None, batch_size: int 
     return draw_gates(name, record)
 
 
-def draw_gates(name: str, record: Record) -> Any:
+def draw_gates(name: str, record: Record) -> "Figure":
     """Draws the mean gate weights of a layer's tasks."""
     weights, tasks = record.fields["weights"], record.layer.tasks
     weights = weights.reshape(-1, *weights.shape[-2:]).astype(np.float64)  # (n, t, e)

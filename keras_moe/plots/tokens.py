@@ -2,13 +2,19 @@
 
 import unicodedata
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import keras
 import numpy as np
 
 from keras_moe.core import checks
+from keras_moe.core.types import Array, Data
 from keras_moe.inspection.records import expert_weights, weights_of
 from keras_moe.plots._canvas import FILLS, expert_colours, new_figure, tint
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # In points, 1/72 inch, as fonts are.
 _FONT = 11.0
@@ -32,15 +38,15 @@ class _Token(NamedTuple):
 
 
 def token_experts(
-    model: Any,
-    tokens: Any,
+    model: keras.layers.Layer,
+    tokens: Data,
     texts: Sequence[str],
     *,
     layer: str | None = None,
     choices: int = 2,
     line_width: int = 80,
     most: int | None = None,
-) -> Any:
+) -> "Figure":
     """Draws a text whose tokens have the colour of the expert that they take most of.
 
     Under a token stand a bar, whose parts are the weights of its experts, and their numbers, best
@@ -101,7 +107,7 @@ def _placed(texts: Sequence[str], width: float, least: float) -> list[_Token]:
     return placed
 
 
-def _drawn(placed: list[_Token], weights: Any, order: Any, title: str) -> Any:
+def _drawn(placed: list[_Token], weights: Array, order: Array, title: str) -> "Figure":
     colours, keys = _colours(weights)
     line_height = _BOX + _BAR + order.shape[1] * _NUMBER + _GAP
     width = max([token.left + token.width for token in placed] + [420.0])
@@ -130,7 +136,7 @@ def _drawn(placed: list[_Token], weights: Any, order: Any, title: str) -> Any:
     return figure
 
 
-def _colours(weights: Any) -> tuple[list[str], list[tuple[str, dict[str, Any]]]]:
+def _colours(weights: Array) -> tuple[list[str], list[tuple[str, dict[str, Any]]]]:
     """Each expert's colour, and the labels and styles of the legend."""
     num_experts = weights.shape[-1]
     taken = weights.max(axis=-1) > 0
@@ -155,7 +161,7 @@ def _colours(weights: Any) -> tuple[list[str], list[tuple[str, dict[str, Any]]]]
 
 
 def _draw_token(
-    axis: Any, token: _Token, top: float, weights: Any, best: Any, colours: list[str]
+    axis: "Axes", token: _Token, top: float, weights: Array, best: Array, colours: list[str]
 ) -> None:
     middle = token.left + token.width / 2
     taken = [int(expert) for expert in best if weights[expert] > 0]
@@ -191,7 +197,7 @@ def _draw_token(
         )
 
 
-def _box(axis: Any, left: float, top: float, width: float, height: float, **style: Any) -> None:
+def _box(axis: "Axes", left: float, top: float, width: float, height: float, **style: Any) -> None:
     from matplotlib.patches import Rectangle
 
     edge = "0.6" if "hatch" in style else "none"

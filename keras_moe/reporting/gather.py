@@ -8,10 +8,11 @@ import keras
 import numpy as np
 
 from keras_moe.core import checks
+from keras_moe.core.types import Data
 from keras_moe.inspection.records import example_count
 
 
-def gather(data: Any, max_examples: int) -> tuple[Any, Any]:
+def gather(data: Data, max_examples: int) -> tuple[Data, Data]:
     """The first examples of some data.
 
     Args:
@@ -41,7 +42,7 @@ def gather(data: Any, max_examples: int) -> tuple[Any, Any]:
     return x, y
 
 
-def _batches(data: Any) -> Iterator[Any]:
+def _batches(data: Data) -> Iterator[Any]:
     """One batch of all where the data are arrays, else the batches that they give."""
     if hasattr(data, "num_batches") and hasattr(data, "__getitem__"):  # a PyDataset
         count = data.num_batches

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from keras_moe.core import checks
+from keras_moe.core.types import Array, Data
 
 _MOST = 40  # rows of a picture
 
@@ -18,12 +19,15 @@ class Labels(NamedTuple):
         names: the labels, in order; where there are more than fit, the most frequent.
     """
 
-    codes: Any
+    codes: Array
     names: list[str]
 
 
 def labels_of(
-    labels: Any, targets: Any, count: int, class_names: Sequence[str] | None
+    labels: Sequence[int] | Sequence[str] | Array | None,
+    targets: Data,
+    count: int,
+    class_names: Sequence[str] | None,
 ) -> Labels | None:
     """The labels passed in, or integer targets, one per example; None where there are none.
 
@@ -47,7 +51,7 @@ def labels_of(
     return Labels(place[codes], [_name(known[index], class_names) for index in most])
 
 
-def _integers(targets: Any, count: int) -> Any:
+def _integers(targets: Data, count: int) -> Array | None:
     is_array = isinstance(targets, np.ndarray) and np.issubdtype(targets.dtype, np.integer)
     return targets if is_array and targets.size == count else None
 

@@ -6,7 +6,10 @@ import re
 from collections.abc import Sequence
 from html import escape
 from string import Template
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _DPI = 120
 _SHOWN = 70  # pixels of the page per inch: most pictures stand in pairs
@@ -96,7 +99,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") ->
     )
 
 
-def picture(figure: Any, caption: str) -> str:
+def picture(figure: "Figure", caption: str) -> str:
     """Puts a matplotlib figure into the page, with a caption."""
     file = io.BytesIO()
     figure.savefig(file, dpi=_DPI, metadata={"Software": None})

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
-from typing import Any
 
+import keras
 import numpy as np
 
+from keras_moe.core.types import Array, Data
 from keras_moe.inspection.health import amounts_of
 from keras_moe.inspection.records import (
     Record,
@@ -47,11 +48,11 @@ class Findings:
         records: what the layers decided, by name, in each call.
     """
 
-    model: Any
-    inputs: Any
+    model: keras.layers.Layer
+    inputs: Data
     labels: Labels | None
     texts: list[list[str]] | None
-    pictures: Any
+    pictures: Array | None
     patch_grid: tuple[int, int] | None
     history: str | Path | None
     records: dict[str, Record] = field(default_factory=dict)
@@ -71,7 +72,7 @@ def overview_parts(findings: Findings, summaries: Sequence[Summary]) -> list[str
     return parts
 
 
-def layer_parts(findings: Findings, layer: Any) -> list[str]:
+def layer_parts(findings: Findings, layer: keras.layers.Layer) -> list[str]:
     """The pictures of one layer, for each of its calls."""
     return [
         part
@@ -109,7 +110,7 @@ def _class_parts(findings: Findings, name: str, record: Record) -> list[str]:
     return [page.picture(figure, "Which classes use which expert.")]
 
 
-def _text_parts(findings: Findings, name: str, weights: Any) -> list[str]:
+def _text_parts(findings: Findings, name: str, weights: Array) -> list[str]:
     """The typical tokens of each expert, and the beginning of a text in their colours."""
     typical = None if findings.texts is None else top_tokens(weights, findings.texts)
     if findings.texts is None or typical is None:
@@ -131,7 +132,7 @@ def _token(text: str, share: float) -> str:
     return f'<span class="token">{shown} <small>{100 * share:.0f} %</small></span>'
 
 
-def _patch_parts(findings: Findings, name: str, weights: Any) -> list[str]:
+def _patch_parts(findings: Findings, name: str, weights: Array) -> list[str]:
     """Some images, one of each class where there are classes, in the colours of their experts."""
     images = findings.inputs if findings.pictures is None else findings.pictures
     if not fits_grid(weights, findings.patch_grid, images):

@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+
+import keras
 
 from keras_moe.core import checks
+from keras_moe.core.types import Array, Data
 from keras_moe.inspection.mixtures import named_layers
 from keras_moe.inspection.recording import count_routing
 from keras_moe.inspection.records import GATES, SOFT, SPARSE, example_count, records_of
@@ -18,15 +20,15 @@ from keras_moe.reporting.top_tokens import texts_of
 
 
 def report(
-    model: Any,
-    data: Any,
+    model: keras.layers.Layer,
+    data: Data,
     path: str | Path,
     *,
-    labels: Any = None,
+    labels: Sequence[int] | Sequence[str] | Array | None = None,
     class_names: Sequence[str] | None = None,
     texts: Sequence[Sequence[str]] | None = None,
     vocabulary: Sequence[str] | Mapping[int, str] | None = None,
-    pictures: Any = None,
+    pictures: Array | None = None,
     patch_grid: tuple[int, int] | None = None,
     history: str | Path | None = None,
     title: str | None = None,

@@ -2,7 +2,8 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+
+import keras
 
 from keras_moe.flops.active_parameters import active_parameters
 from keras_moe.inspection.alarms import alarms, can_be_judged
@@ -49,7 +50,7 @@ class Summary:
     """
 
     name: str
-    layer: Any
+    layer: keras.layers.Layer
     kind: str
     experts: str
     parameters: int
@@ -61,7 +62,7 @@ class Summary:
     is_judged: bool
 
 
-def summarize(name: str, layer: Any, counts: Counts) -> Summary:
+def summarize(name: str, layer: keras.layers.Layer, counts: Counts) -> Summary:
     """Summarizes a layer and its counts."""
     messages = tuple(alarm.message for alarm in alarms(layer, counts))
     is_judged = can_be_judged(amounts_of(counts)[1])
@@ -80,14 +81,14 @@ def summarize(name: str, layer: Any, counts: Counts) -> Summary:
     )
 
 
-def all_parameters(layer: Any) -> int:
+def all_parameters(layer: keras.layers.Layer) -> int:
     """The number of parameters of all experts, counted as `active_parameters` does."""
     parts = layer._flatten_layers()
     weights = {id(weight): weight for part in parts for weight in part._trainable_variables}
     return sum(math.prod(weight.shape) for weight in weights.values())
 
 
-def _experts_of(layer: Any) -> str:
+def _experts_of(layer: keras.layers.Layer) -> str:
     count = layer.num_experts
     if hasattr(layer, "slots_per_expert"):
         return f"{count}, of {layer.slots_per_expert} slots"

@@ -1,7 +1,6 @@
 """Tables and text of the report."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import keras
 
@@ -13,7 +12,7 @@ from keras_moe.reporting.summary import MEANINGS, Summary, all_parameters
 from keras_moe.version import __version__
 
 
-def lead(model: Any, count: int, labels: Labels | None) -> str:
+def lead(model: keras.layers.Layer, count: int, labels: Labels | None) -> str:
     """The introduction of the report."""
     classes = "" if labels is None else f" of {len(labels.names)} classes"
     return (

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from keras_moe.core import checks
+from keras_moe.core.types import Array, Data
 
 _MOST = 12
 
@@ -22,7 +23,7 @@ class TopToken(NamedTuple):
     share: float
 
 
-def texts_of(x: Any, texts: Any, vocabulary: Any) -> list[list[str]] | None:
+def texts_of(x: Data, texts: Any, vocabulary: Any) -> list[list[str]] | None:
     """The pieces of text of each example: the texts passed in, or a vocabulary's texts for ids.
 
     Raises:
@@ -39,7 +40,7 @@ def texts_of(x: Any, texts: Any, vocabulary: Any) -> list[list[str]] | None:
     return [[str(known.get(int(token), f"[{token}]")) for token in row] for row in ids]
 
 
-def _token_ids(x: Any) -> Any:
+def _token_ids(x: Data) -> Any:
     arrays = x.values() if isinstance(x, dict) else x if isinstance(x, Sequence) else [x]
     for array in arrays:
         if array.ndim == 2 and np.issubdtype(array.dtype, np.integer):
@@ -50,7 +51,7 @@ def _token_ids(x: Any) -> Any:
     )
 
 
-def top_tokens(weights: Any, texts: Sequence[Sequence[str]]) -> list[list[TopToken]] | None:
+def top_tokens(weights: Array, texts: Sequence[Sequence[str]]) -> list[list[TopToken]] | None:
     """The most typical tokens of each expert, None where the layer decides about other tokens.
 
     score(t, e) = p(t|e) log(p(t|e) / p(t)), the token's part in how far the expert's tokens are

@@ -2,11 +2,14 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from keras_moe.core import checks
+
+if TYPE_CHECKING:
+    from keras_tuner import HyperParameters
 
 When = tuple[str, Sequence[Any]]
 
@@ -24,7 +27,7 @@ class Choices:
         prefix: First part of the names; empty for none.
     """
 
-    def __init__(self, hp: Any, prefix: str = "") -> None:
+    def __init__(self, hp: "HyperParameters", prefix: str = "") -> None:
         if not isinstance(prefix, str):
             checks.fail("`name` must be a string.", name=prefix)
         self._hp, self._prefix = hp, prefix
@@ -80,7 +83,7 @@ class Choices:
 
 
 @contextmanager
-def fully_declared(hp: Any) -> Iterator[None]:
+def fully_declared(hp: "HyperParameters") -> Iterator[None]:
     """Declares all conditional scopes at once, so that the tuner need not build a model for each.
 
     Only right where all scopes inside declare all of theirs whether they are active or not.
@@ -116,7 +119,7 @@ def checked(check: Callable[[str, Any], Any], argument: str, options: Any) -> An
     return options
 
 
-def _choose(hp: Any, name: str, values: tuple[Any, ...]) -> Any:
+def _choose(hp: "HyperParameters", name: str, values: tuple[Any, ...]) -> Any:
     """Draws one of several values; `_INACTIVE` in an inactive scope."""
     if all(isinstance(value, bool) for value in values):
         drawn = hp.Boolean(name, default=values[0])

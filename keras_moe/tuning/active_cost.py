@@ -7,7 +7,8 @@ import keras
 import numpy as np
 
 from keras_moe.core import checks
-from keras_moe.flops.active_flops import active_flops
+from keras_moe.core.types import Config, Logs
+from keras_moe.flops.active_flops import Shapes, active_flops
 from keras_moe.flops.active_parameters import active_parameters
 from keras_moe.tuning._keras_tuner import import_keras_tuner
 
@@ -72,7 +73,7 @@ class ActiveCost(keras.callbacks.Callback):
         max_parameters: float | None = None,
         target_flops: float | None = None,
         target_parameters: float | None = None,
-        input_shape: Any = None,
+        input_shape: Shapes | None = None,
         exponent: float | Sequence[float] = 0.07,
     ) -> None:
         super().__init__()
@@ -126,12 +127,12 @@ class ActiveCost(keras.callbacks.Callback):
                 factor *= ratio ** self.exponent[int(ratio > 1)]
         return metric / factor if self.direction == "max" else metric * factor
 
-    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+    def on_train_begin(self, logs: Logs | None = None) -> None:
         self._is_known = bool(self.model.built)
         if self._is_known:
             self._count()
 
-    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+    def on_train_batch_end(self, batch: int, logs: Logs | None = None) -> None:
         if not self._is_known:  # Keras on TensorFlow builds a model in its first step
             self._is_known = True
             self._count()
@@ -142,7 +143,7 @@ class ActiveCost(keras.callbacks.Callback):
         self._check_cap("FLOPs per example", self._flops, "max_flops", self.max_flops)
         self._check_cap("parameters", self._parameters, "max_parameters", self.max_parameters)
 
-    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+    def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
         logs = {} if logs is None else logs
         missing = [name for name in self.metrics if name not in logs]
         if missing:
@@ -163,7 +164,7 @@ class ActiveCost(keras.callbacks.Callback):
                 f"The model has {cost:,} active {what}, above {name}={cap:,.0f}. It is not trained."
             )
 
-    def get_config(self) -> dict[str, Any]:
+    def get_config(self) -> Config:
         return {
             "metric": list(self.metrics),
             "direction": self.direction,

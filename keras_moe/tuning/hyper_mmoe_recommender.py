@@ -1,16 +1,20 @@
 """Hypermodel of the multi-task recommender."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 
 from keras_moe.core import checks
+from keras_moe.core.types import Activation, Config
 from keras_moe.models.features import Feature
 from keras_moe.models.multitask_ranker import multitask_ranker
 from keras_moe.tuning._choices import Choices, checked
 from keras_moe.tuning._keras_tuner import import_keras_tuner
 from keras_moe.tuning.mmoe_space import Units, mmoe_space
+
+if TYPE_CHECKING:
+    from keras_tuner import HyperParameters
 
 _HyperModel: Any = import_keras_tuner().HyperModel
 
@@ -87,7 +91,7 @@ class HyperMMoERecommender(_HyperModel):
         shared_units: int | Sequence[Units] = (64, 32, 128),
         mmoe: Mapping[str, Any] | None = None,
         tower_units: int | Sequence[Units] = (16, 32),
-        activation: Any = "relu",
+        activation: Activation = "relu",
         dropout: float | Sequence[float] = (0.2, 0.1, 0.3),
         embedding_l2: float | Sequence[float] = (0.0001, 0.00001),
         initial_predictions: Mapping[str, float] | None = None,
@@ -110,7 +114,7 @@ class HyperMMoERecommender(_HyperModel):
             checks.fail(
                 "`mmoe` must not set the experts' `dropout`, which the model has not.", mmoe=mmoe
             )
-        self._config: dict[str, Any] = {
+        self._config: Config = {
             "features": list(features),
             "tasks": dict(tasks),
             "trunk": trunk,
@@ -136,7 +140,7 @@ class HyperMMoERecommender(_HyperModel):
         # Keras logs the loss of a single output under no name of its own.
         return [f"val_{task}_loss" for task in tasks] if len(tasks) > 1 else ["val_loss"]
 
-    def build(self, hp: Any) -> keras.Model:
+    def build(self, hp: "HyperParameters") -> keras.Model:
         """Returns the compiled model for the values of `hp`.
 
         Args:
@@ -170,7 +174,7 @@ class HyperMMoERecommender(_HyperModel):
         )
         return model
 
-    def fit(self, hp: Any, model: keras.Model, *args: Any, **kwargs: Any) -> Any:
+    def fit(self, hp: "HyperParameters", model: keras.Model, *args: Any, **kwargs: Any) -> Any:
         """Trains the model with what `tuner.search` was given, and the drawn batch size.
 
         Args:
@@ -184,7 +188,7 @@ class HyperMMoERecommender(_HyperModel):
             kwargs["batch_size"] = batch_size
         return model.fit(*args, **kwargs)
 
-    def get_config(self) -> dict[str, Any]:
+    def get_config(self) -> Config:
         """Returns the constructor's arguments, for `check_project`."""
         return dict(self._config)
 

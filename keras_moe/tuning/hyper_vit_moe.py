@@ -1,16 +1,20 @@
 """Hypermodel of the Vision Transformer."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 
 from keras_moe.core import checks
+from keras_moe.core.types import Config
 from keras_moe.models.vit import VIT_SIZES, vit
 from keras_moe.tuning._choices import Choices, candidates, checked, fully_declared
 from keras_moe.tuning._keras_tuner import import_keras_tuner
 from keras_moe.tuning.moe_space import moe_space
 from keras_moe.tuning.soft_moe_space import soft_moe_space
+
+if TYPE_CHECKING:
+    from keras_tuner import HyperParameters
 
 _HyperModel: Any = import_keras_tuner().HyperModel
 
@@ -19,7 +23,7 @@ _SMALL = {"width": 64, "depth": 4, "num_heads": 4}
 _SOFT_EXPERTS = (16, 8, 32)
 _NOT_DECAYED = ["bias", "beta", "gamma", "scale", "position"]
 
-FeedForward = str | Callable[[int], Any]
+FeedForward = str | Callable[[int], keras.layers.Layer]
 
 
 class HyperViTMoE(_HyperModel):
@@ -96,7 +100,7 @@ class HyperViTMoE(_HyperModel):
         num_heads: int | Sequence[int] | None = None,
         mlp_dim: int | Sequence[int] | None = None,
         feed_forward: FeedForward | Sequence[FeedForward] = ("soft_moe", "moe", "switch", "dense"),
-        moe_layers: Any = "last_half",
+        moe_layers: str | int | Sequence[str | int | Sequence[int]] = "last_half",
         soft_moe: Mapping[str, Any] | None = None,
         moe: Mapping[str, Any] | None = None,
         switch: Mapping[str, Any] | None = None,
@@ -134,7 +138,7 @@ class HyperViTMoE(_HyperModel):
                     f"`feed_forward` must include {kind!r} where `{kind}` is given.",
                     feed_forward=feed_forward,
                 )
-        self._config: dict[str, Any] = {
+        self._config: Config = {
             "input_shape": tuple(input_shape),
             "num_classes": num_classes,
             "size": size,
@@ -158,7 +162,7 @@ class HyperViTMoE(_HyperModel):
             "seed": seed,
         }
 
-    def build(self, hp: Any) -> keras.Model:
+    def build(self, hp: "HyperParameters") -> keras.Model:
         """Returns the compiled model for the values of `hp`.
 
         Args:
@@ -211,7 +215,7 @@ class HyperViTMoE(_HyperModel):
         )
         return model
 
-    def fit(self, hp: Any, model: keras.Model, *args: Any, **kwargs: Any) -> Any:
+    def fit(self, hp: "HyperParameters", model: keras.Model, *args: Any, **kwargs: Any) -> Any:
         """Trains the model with what `tuner.search` was given, and the drawn batch size.
 
         Args:
@@ -225,12 +229,16 @@ class HyperViTMoE(_HyperModel):
             kwargs["batch_size"] = batch_size
         return model.fit(*args, **kwargs)
 
-    def get_config(self) -> dict[str, Any]:
+    def get_config(self) -> Config:
         """Returns the constructor's arguments, for `check_project`."""
         return dict(self._config)
 
     def _draw_mixtures(
-        self, hp: Any, choices: Choices, size: str | None, arguments: Mapping[str, Any]
+        self,
+        hp: "HyperParameters",
+        choices: Choices,
+        size: str | None,
+        arguments: Mapping[str, Any],
     ) -> dict[Any, dict[str, Any]]:
         """Declares the spaces of all mixtures, and draws the arguments of the active one."""
         config = self._config

@@ -1,17 +1,21 @@
 """Search space of the multi-gate mixture."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from keras_moe.core import checks
+from keras_moe.core.types import Config
 from keras_moe.layers.expert_mlp import checked_units
 from keras_moe.tuning._choices import Choices, candidates, checked
+
+if TYPE_CHECKING:
+    from keras_tuner import HyperParameters
 
 Units = int | tuple[int, ...]
 
 
 def mmoe_space(
-    hp: Any,
+    hp: "HyperParameters",
     name: str,
     *,
     num_experts: int | Sequence[int] = (4, 2, 8),
@@ -19,7 +23,7 @@ def mmoe_space(
     total_units: int | Sequence[int] | None = None,
     gate_dropout: float | Sequence[float] = (0.0, 0.1),
     dropout: float | Sequence[float] = 0.0,
-) -> dict[str, Any]:
+) -> Config:
     """Draws the arguments of a `MMoE` layer, all but its tasks.
 
     Each argument is a value, which stays out of the search, or a list or tuple of values to choose

@@ -1,17 +1,21 @@
 """Search space of the sparse mixture."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from keras_moe.core import checks
+from keras_moe.core.types import Config
 from keras_moe.tuning._choices import Choices, candidates, checked
+
+if TYPE_CHECKING:
+    from keras_tuner import HyperParameters
 
 _ROUTERS = ("dense", "switch", "top_k")
 _HIDDEN_DIMS = (128, 64, 256)
 
 
 def moe_space(
-    hp: Any,
+    hp: "HyperParameters",
     name: str,
     *,
     num_experts: int | Sequence[int] = (8, 4, 16),
@@ -25,7 +29,7 @@ def moe_space(
     balance_weight: float | Sequence[float] = (0.01, 0.001, 0.1),
     z_loss_weight: float | Sequence[float] = 0.001,
     dropout: float | Sequence[float] = 0.0,
-) -> dict[str, Any]:
+) -> Config:
     """Draws the arguments of a `MoE` layer.
 
     Each argument is a value, which stays out of the search, or a list or tuple of values to choose

@@ -1,14 +1,18 @@
 """Search space of the soft mixture."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from keras_moe.core import checks
+from keras_moe.core.types import Config
 from keras_moe.tuning._choices import Choices, candidates, checked
+
+if TYPE_CHECKING:
+    from keras_tuner import HyperParameters
 
 
 def soft_moe_space(
-    hp: Any,
+    hp: "HyperParameters",
     name: str,
     *,
     num_experts: int | Sequence[int] = (16, 8, 32),
@@ -16,7 +20,7 @@ def soft_moe_space(
     slots_per_expert: int | Sequence[int] | None = None,
     num_slots: int | Sequence[int] | None = None,
     dropout: float | Sequence[float] = 0.0,
-) -> dict[str, Any]:
+) -> Config:
     """Draws the arguments of a `SoftMoE` layer.
 
     Each argument is a value, which stays out of the search, or a list or tuple of values to choose

@@ -3,12 +3,17 @@
 import pytest
 
 from benchmarks import run
+from benchmarks.kinds import KINDS
 from benchmarks.rows import ON_REQUEST, ROWS, select
 
 
 def test_names_are_unique():
     names = [row.name for row in ROWS]
     assert len(set(names)) == len(names)
+
+
+def test_each_kind_is_built_and_used():
+    assert {row.kind for row in ROWS} == set(KINDS)
 
 
 def test_groups_names_and_defaults():

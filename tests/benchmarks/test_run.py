@@ -8,22 +8,33 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
+
 from benchmarks import run, show
 from benchmarks.contender import Options
-from benchmarks.results import Store, default_path
+from benchmarks.results import Store, path_of, read
 from benchmarks.rows import select
 
 ROOT = Path(__file__).parents[2]
-HEADER = {"date": "2026-01-31T12:00:00Z", "backend": "jax", "quick": True, "command": "$"}
+DEVICE = {"name": "Some(R) CPU @ 2 GHz", "cores": 2}
+HEADER = {
+    "date": "2026-01-31T12:00:00Z",
+    "backend": "jax",
+    "quick": False,
+    "command": "$",
+    "device": DEVICE,
+}
+MEASURED = {"lines": [], "dtype": "float32"}
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
 from benchmarks.results import Store
 
-store = Store(Path(sys.argv[1]), {"date": "today", "backend": "jax"})
+device = {"name": "CPU", "cores": 2}
+store = Store(Path(sys.argv[1]), {"date": "today", "backend": "jax", "device": device})
 store.begin("one")
-store.end("one", {"lines": [1, 2]})
+store.end("one", {"lines": [1, 2], "dtype": "float32"})
 store.begin("two")
 os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -42,7 +53,7 @@ def test_a_quick_run_of_one_row(tmp_path):
         "--rows", "soft", "--out", out,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    record = json.loads(out.read_text())
+    (record,) = read(out)
     (row,) = record["rows"].values()
     assert row["failures"] == []
     assert [(line["pass"], line["against"]) for line in row["lines"]] == [
@@ -61,8 +72,8 @@ def test_a_quick_run_of_one_row(tmp_path):
 def test_a_killed_process_keeps_what_it_had(tmp_path):
     out = tmp_path / "one.json"
     assert python("-c", KILLED, out).returncode == -signal.SIGKILL
-    record = json.loads(out.read_text())
-    assert record["rows"] == {"one": {"lines": [1, 2]}}
+    (record,) = read(out)
+    assert record["rows"] == {"one": {"lines": [1, 2], "dtype": "float32"}}
     assert record["running"] == "two"
 
 
@@ -80,13 +91,13 @@ def test_the_rows_after_a_killed_one_still_run(tmp_path, monkeypatch):
             store.begin(name)
             if name == rows[1].name:
                 return SimpleNamespace(returncode=-9)
-            store.end(name, {"lines": []})
+            store.end(name, MEASURED)
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(run.subprocess, "run", child)
     record = run.run_backend(rows, path, HEADER, Options("jax"), None)
     assert asked == [[row.name for row in rows], [rows[2].name]]
-    assert record["rows"][rows[0].name] == record["rows"][rows[2].name] == {"lines": []}
+    assert record["rows"][rows[0].name] == record["rows"][rows[2].name] == MEASURED
     assert record["rows"][rows[1].name]["error"] == "The process ended with status -9."
 
 
@@ -121,10 +132,45 @@ def test_a_row_that_takes_too_long_is_given_up(tmp_path, monkeypatch):
     assert row["error"] == "RowTooLong: The row took longer than 1 s (--row-limit)."
 
 
-def test_the_default_file_is_named_by_date_device_and_backend():
-    path = default_path("2026-01-31T12:00:00Z", "Some(R) CPU @ 2 GHz", "tensorflow-xla", False)
-    assert path.name == "2026-01-31T120000Z_some-r-cpu-2-ghz_tensorflow-xla.json"
-    assert default_path("d", "cpu", "jax", True).name == "d_cpu_jax_quick.json"
+def test_a_machine_has_a_folder_and_a_backend_a_file():
+    path = path_of(DEVICE["name"], "tensorflow-xla", quick=False, folder=Path("out"))
+    assert path == Path("out/some-r-cpu-2-ghz/tensorflow-xla.json")
+    assert path_of("cpu", "jax", quick=True).name == "jax_quick.json"
+
+
+def test_a_run_takes_the_place_of_what_it_measured_again(tmp_path):
+    path = tmp_path / "jax.json"
+    first = Store(path, HEADER)
+    for name in ("stays", "is measured again", "fails later"):
+        first.end(name, MEASURED)
+    first.end("failed", {"error": "no luck", "dtype": "float32"})
+    second = Store(path, {**HEADER, "date": "2026-02-01T12:00:00Z"})
+    assert second.done == set()
+    newer = {**MEASURED, "took_seconds": 1.0}
+    second.end("is measured again", newer)
+    second.end("fails later", {"error": "no luck", "dtype": "float32"})
+    older, latest = read(path)
+    assert older["rows"] == {"stays": MEASURED, "fails later": MEASURED}
+    assert latest["rows"]["is measured again"] == newer and "error" in latest["rows"]["fails later"]
+    assert [run["date"][:10] for run in (older, latest)] == ["2026-01-31", "2026-02-01"]
+
+
+@pytest.mark.parametrize(
+    "change", [{"device": {**DEVICE, "cores": 16}}, {"device": {**DEVICE, "name": "other"}}]
+)
+def test_numbers_of_another_machine_stay(tmp_path, change):
+    path = tmp_path / "jax.json"
+    Store(path, HEADER).end("row", MEASURED)
+    Store(path, {**HEADER, "date": "2026-02-01T12:00:00Z", **change}).end("row", MEASURED)
+    assert [list(run["rows"]) for run in read(path)] == [["row"], ["row"]]
+
+
+def test_a_run_of_which_nothing_is_left_goes(tmp_path):
+    path = tmp_path / "jax.json"
+    Store(path, HEADER).end("row", MEASURED)
+    Store(path, {**HEADER, "date": "2026-02-01T12:00:00Z"}).end("row", MEASURED)
+    (run,) = read(path)
+    assert run["date"].startswith("2026-02-01")
 
 
 def test_the_stored_command_has_no_path():

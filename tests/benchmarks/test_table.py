@@ -86,8 +86,9 @@ def test_missing_marks_are_an_error(readme):
 
 
 def folder_with(tmp_path, record):
-    (tmp_path / "results").mkdir()
-    (tmp_path / "results" / "one.json").write_text(json.dumps(record))
+    (tmp_path / "results" / "some-cpu").mkdir(parents=True)
+    stored = {"format": 2, "runs": [record]}
+    (tmp_path / "results" / "some-cpu" / "jax.json").write_text(json.dumps(stored))
     (tmp_path / "README.md").write_text(README)
     names = {"--results": "results", "--page": "README.md", "--chart": "chart.png"}
     return [word for option, name in names.items() for word in (option, str(tmp_path / name))]
@@ -126,9 +127,10 @@ def test_a_chart_is_drawn_of_the_curve(tmp_path):
 
 
 def test_a_file_that_holds_no_results_is_an_error(tmp_path):
-    (tmp_path / "a.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"a\.json holds no benchmark results"):
-        results.read_all([tmp_path / "a.json"])
+    for text in ("{}", json.dumps(FIXTURE), '{"format": 2, "runs": [{}]}'):
+        (tmp_path / "a.json").write_text(text)
+        with pytest.raises(ValueError, match=r"a\.json holds no benchmark results"):
+            results.read_all([tmp_path / "a.json"])
     (tmp_path / "a.json").write_text("{")
     with pytest.raises(ValueError, match=r"a\.json is no JSON file"):
         results.read_all([tmp_path / "a.json"])

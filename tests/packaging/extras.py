@@ -105,7 +105,8 @@ def check(wheel: Path, cases: list[Case], folder: Path) -> list[str]:
     extra, backend = cases[0][:2]
     errors, start = [], time.perf_counter()
     try:
-        missing = install(f"{wheel}[{','.join(sorted({extra, backend}))}]", folder)
+        wanted = f"{wheel}[{','.join(sorted({extra, backend}))}]"
+        missing = install([wanted], folder, ROOT / "constraints.txt")
         for case in cases:
             error = missing or work(case, folder)
             errors += [error] if error else []
@@ -127,12 +128,12 @@ def build_wheel(folder: Path) -> Path:
     return wheel
 
 
-def install(requirement: str, folder: Path) -> str:
+def install(requirements: list[str], folder: Path, constraints: Path) -> str:
     """Makes the environment; returns what went wrong."""
     pip = [str(folder / "bin" / "python"), "-m", "pip", "--disable-pip-version-check"]
     steps = (
         [sys.executable, "-m", "venv", str(folder)],
-        [*pip, "install", "--quiet", "-c", str(ROOT / "constraints.txt"), requirement],
+        [*pip, "install", "--quiet", "-c", str(constraints), *requirements],
         [*pip, "check"],
     )
     return next(filter(None, (run(step, folder.parent, {}) for step in steps)), "")
