@@ -3,7 +3,7 @@
 import bisect
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -120,32 +120,12 @@ def multitask_ranker(
     seed = checks.optional(checks.integer, "seed", seed)
     starts = _checked_starts(initial_predictions, tasks)
 
-    def dense(units: int, layer_name: str, **arguments: Any) -> layers.Dense:
-        initializer = keras.initializers.GlorotUniform(seed=derived_seed(seed, layer_name))
-        return layers.Dense(units, kernel_initializer=initializer, name=layer_name, **arguments)
-
-    def drop(layer_name: str) -> layers.Dropout:
-        return layers.Dropout(dropout, seed=derived_seed(seed, layer_name), name=layer_name)
-
-    tables = {
-        feature.name: feature.table(embedding_l2, seed)
-        for feature in features
-        if isinstance(feature, Categorical)
-    }
+    make = _Layers(activation, dropout, seed)
     inputs = {feature.name: feature.input() for feature in features}
-    vectors = {
-        feature.name: feature.encode(inputs[feature.name], tables, seed) for feature in features
-    }
-    embedding_dropout = drop("embedding_dropout")
-    for feature in features:
-        if _is_regularized(feature, features):
-            vectors[feature.name] = embedding_dropout(vectors[feature.name])
-    products = [_product(pair, vectors) for pair in interactions]
-
-    x = _concatenate([*vectors.values(), *products])
+    x = _encoded(features, inputs, interactions, embedding_l2, make)
     for index, units in enumerate(shared_widths):
-        x = dense(units, _numbered("shared_hidden", index), activation=activation)(x)
-        x = drop(_numbered("shared_dropout", index))(x)
+        x = make.hidden(units, "shared_hidden", index)(x)
+        x = make.dropout(_numbered("shared_dropout", index))(x)
 
     if trunk == "mmoe":
         mixed = MMoE(
@@ -154,31 +134,88 @@ def multitask_ranker(
             tasks=list(tasks),
             activation=activation,
             gate_dropout=gate_dropout,
-            kernel_initializer=keras.initializers.GlorotUniform(derived_seed(seed, "experts")),
-            gate_initializer=keras.initializers.GlorotUniform(derived_seed(seed, "gates")),
+            kernel_initializer=make.initializer("experts"),
+            gate_initializer=make.initializer("gates"),
             seed=derived_seed(seed, "mmoe"),
             name="mmoe",
         )(x)
     else:
         read_by = len(tasks) * (tower_widths or (1,))[0]
         widths = _bottom_widths(x.shape[-1], len(tasks), num_experts, expert_widths, read_by)
-        for index, units in enumerate(widths):
-            x = dense(units, _numbered("shared_bottom", index), activation=activation)(x)
-        mixed = dict.fromkeys(tasks, x)
+        mixed = dict.fromkeys(tasks, _stack(x, widths, "shared_bottom", make))
 
-    outputs = {}
-    for task, kind in tasks.items():
-        y = mixed[task]
-        for index, units in enumerate(tower_widths):
-            y = dense(units, _numbered(f"{task}_tower", index), activation=activation)(y)
-        outputs[task] = dense(
-            1,
-            task,
-            activation=_TASK_ACTIVATIONS[kind],
-            bias_initializer=keras.initializers.Constant(starts[task]),
-            dtype="float32",  # a probability near 1 has 2 digits in bfloat16
-        )(y)
+    outputs = {
+        task: _prediction(task, kind, mixed[task], tower_widths, starts[task], make)
+        for task, kind in tasks.items()
+    }
     return MaskedModel(inputs, outputs, name=name or trunk)
+
+
+class _Layers(NamedTuple):
+    """Makes the layers of a ranker, whose seeds come from the model's and their names."""
+
+    activation: Activation
+    rate: float
+    seed: int | None
+
+    def initializer(self, name: str) -> keras.initializers.Initializer:
+        return keras.initializers.GlorotUniform(derived_seed(self.seed, name))
+
+    def dense(self, units: int, name: str, **arguments: Any) -> layers.Dense:
+        initializer = self.initializer(name)
+        return layers.Dense(units, kernel_initializer=initializer, name=name, **arguments)
+
+    def hidden(self, units: int, name: str, index: int) -> layers.Dense:
+        return self.dense(units, _numbered(name, index), activation=self.activation)
+
+    def dropout(self, name: str) -> layers.Dropout:
+        return layers.Dropout(self.rate, seed=derived_seed(self.seed, name), name=name)
+
+
+def _encoded(
+    features: Sequence[Feature],
+    inputs: Mapping[str, Tensor],
+    interactions: Sequence[tuple[str, str]],
+    embedding_l2: float,
+    make: _Layers,
+) -> Tensor:
+    """The vectors of all features and the products of some, in one row for each example."""
+    tables = {
+        feature.name: feature.table(embedding_l2, make.seed)
+        for feature in features
+        if isinstance(feature, Categorical)
+    }
+    vectors = {
+        feature.name: feature.encode(inputs[feature.name], tables, make.seed)
+        for feature in features
+    }
+    embedding_dropout = make.dropout("embedding_dropout")
+    for feature in features:
+        if _is_regularized(feature, features):
+            vectors[feature.name] = embedding_dropout(vectors[feature.name])
+    products = [_product(pair, vectors) for pair in interactions]
+    return _concatenate([*vectors.values(), *products])
+
+
+def _prediction(
+    task: str, kind: str, x: Tensor, tower_widths: Sequence[int], start: float, make: _Layers
+) -> Tensor:
+    """The prediction of a task's tower, `(batch, 1)`."""
+    hidden = _stack(x, tower_widths, f"{task}_tower", make)  # seeds are drawn in this order
+    return make.dense(
+        1,
+        task,
+        activation=_TASK_ACTIVATIONS[kind],
+        bias_initializer=keras.initializers.Constant(start),
+        dtype="float32",  # a probability near 1 has 2 digits in bfloat16
+    )(hidden)
+
+
+def _stack(x: Tensor, widths: Sequence[int], name: str, make: _Layers) -> Tensor:
+    """Hidden layers, one after another."""
+    for index, units in enumerate(widths):
+        x = make.hidden(units, name, index)(x)
+    return x
 
 
 def _numbered(layer_name: str, index: int) -> str:

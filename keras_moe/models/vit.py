@@ -152,16 +152,19 @@ def vit(
     x = _blocks.norm(x, "encoder_norm")
     x = MaskedMean(name="pooling")(x)
     if num_classes is not None:
-        # Zeros: the first predictions are uniform (Dosovitskiy et al.'s and V-MoE's code). float32:
-        # a bfloat16 softmax over many classes does not sum to 1.
-        x = layers.Dense(
-            num_classes,
-            activation=classifier_activation,
-            kernel_initializer="zeros",
-            dtype="float32",
-            name="head",
-        )(x)
+        x = _head(num_classes, classifier_activation)(x)
     return MaskedModel(images, x, name=name)
+
+
+def _head(num_classes: int, activation: Activation) -> layers.Dense:
+    """The last layer, whose first predictions are uniform (Dosovitskiy et al.'s, V-MoE's code)."""
+    return layers.Dense(
+        num_classes,
+        activation=activation,
+        kernel_initializer="zeros",
+        dtype="float32",  # a bfloat16 softmax over many classes does not sum to 1
+        name="head",
+    )
 
 
 def _check_patches(input_shape: Sequence[int], patch_size: int) -> None:

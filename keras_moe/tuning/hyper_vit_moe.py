@@ -116,28 +116,6 @@ class HyperViTMoE(_HyperModel):
         tunable: bool = True,
     ) -> None:
         super().__init__(name=name, tunable=tunable)
-        for argument, values in (
-            ("patch_size", patch_size),
-            ("width", width),
-            ("depth", depth),
-            ("num_heads", num_heads),
-            ("mlp_dim", mlp_dim),
-            ("batch_size", batch_size),
-        ):
-            if values is not None:
-                checked(checks.positive_int, argument, values)
-        checked(_check_feed_forward, "feed_forward", feed_forward)
-        checked(checks.rate, "dropout", dropout)
-        checked(checks.positive, "learning_rate", learning_rate)
-        checked(checks.non_negative, "weight_decay", weight_decay)
-        checks.optional(checks.positive, "clip_norm", clip_norm)
-        checks.optional(checks.integer, "seed", seed)
-        for kind, options in (("soft_moe", soft_moe), ("moe", moe), ("switch", switch)):
-            if options is not None and kind not in candidates("feed_forward", feed_forward):
-                checks.fail(
-                    f"`feed_forward` must include {kind!r} where `{kind}` is given.",
-                    feed_forward=feed_forward,
-                )
         self._config: Config = {
             "input_shape": tuple(input_shape),
             "num_classes": num_classes,
@@ -149,9 +127,9 @@ class HyperViTMoE(_HyperModel):
             "mlp_dim": mlp_dim,
             "feed_forward": feed_forward,
             "moe_layers": moe_layers,
-            "soft_moe": dict(soft_moe or {}),
-            "moe": dict(moe or {}),
-            "switch": dict(switch or {}),
+            "soft_moe": soft_moe,
+            "moe": moe,
+            "switch": switch,
             "qk_norm": qk_norm,
             "dropout": dropout,
             "learning_rate": learning_rate,
@@ -161,6 +139,9 @@ class HyperViTMoE(_HyperModel):
             "jit_compile": jit_compile,
             "seed": seed,
         }
+        _check(self._config)
+        for kind in ("soft_moe", "moe", "switch"):
+            self._config[kind] = dict(self._config[kind] or {})
 
     def build(self, hp: "HyperParameters") -> keras.Model:
         """Returns the compiled model for the values of `hp`.
@@ -282,6 +263,27 @@ class HyperViTMoE(_HyperModel):
 
 def _given(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if value is not None}
+
+
+def _check(config: Config) -> None:
+    """Fails where an argument, or a value that a search may choose, is out of range."""
+    for argument in ("patch_size", "width", "depth", "num_heads", "mlp_dim", "batch_size"):
+        if config[argument] is not None:
+            checked(checks.positive_int, argument, config[argument])
+    checked(_check_feed_forward, "feed_forward", config["feed_forward"])
+    checked(checks.rate, "dropout", config["dropout"])
+    checked(checks.positive, "learning_rate", config["learning_rate"])
+    checked(checks.non_negative, "weight_decay", config["weight_decay"])
+    checks.optional(checks.positive, "clip_norm", config["clip_norm"])
+    checks.optional(checks.integer, "seed", config["seed"])
+    for kind in ("soft_moe", "moe", "switch"):
+        if config[kind] is not None and kind not in candidates(
+            "feed_forward", config["feed_forward"]
+        ):
+            checks.fail(
+                f"`feed_forward` must include {kind!r} where `{kind}` is given.",
+                feed_forward=config["feed_forward"],
+            )
 
 
 def _check_feed_forward(name: str, value: Any) -> None:

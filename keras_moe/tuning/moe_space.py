@@ -1,6 +1,7 @@
 """Search space of the sparse mixture."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from keras_moe.core import checks
@@ -83,98 +84,129 @@ def moe_space(
         Fedus et al. 2021, "Switch Transformers", sections 2.2 and 2.4; Zoph et al. 2022,
         "ST-MoE", section 3.
     """
-    checked(checks.positive_int, "num_experts", num_experts)
-    checked(checks.positive_int, "top_k", top_k)
-    checked(lambda arg, value: checks.one_of(arg, value, _ROUTERS), "router", router)
-    checked(
-        lambda arg, value: checks.int_at_least(arg, value, 0),
-        "num_shared_experts",
-        num_shared_experts,
+    space = _Space(
+        num_experts=num_experts,
+        hidden_dim=hidden_dim,
+        active_hidden_dim=active_hidden_dim,
+        router=router,
+        top_k=top_k,
+        num_shared_experts=num_shared_experts,
+        capacity_factor=capacity_factor,
+        eval_capacity_factor=eval_capacity_factor,
+        balance_weight=balance_weight,
+        z_loss_weight=z_loss_weight,
+        dropout=dropout,
     )
-    checked(
-        lambda arg, value: checks.optional(checks.positive, arg, value),
-        "capacity_factor",
-        capacity_factor,
-    )
-    checked(checks.non_negative, "balance_weight", balance_weight)
-    checked(checks.non_negative, "z_loss_weight", z_loss_weight)
-    checked(checks.rate, "dropout", dropout)
-    checks.positive("eval_capacity_factor", eval_capacity_factor)
-    if hidden_dim is not None and active_hidden_dim is not None:
-        checks.fail(
-            "`hidden_dim` must be None where `active_hidden_dim` is given.",
-            hidden_dim=hidden_dim,
-            active_hidden_dim=active_hidden_dim,
-        )
-    width, widths = "hidden_dim", _HIDDEN_DIMS if hidden_dim is None else hidden_dim
-    if active_hidden_dim is not None:
-        width, widths = "active_hidden_dim", active_hidden_dim
-    checked(checks.positive_int, width, widths)
-    most_experts = max(candidates("num_experts", num_experts))
+    space.check()
+    return space.draw(hp, name)
 
-    rules = candidates("router", router)
-    choices = Choices(hp, name)
-    rule = choices.draw("router", router)
-    if len(rules) > 1:
+
+@dataclasses.dataclass(frozen=True)
+class _Space:
+    """The arguments of `moe_space`, each a value or a sequence of values to choose from."""
+
+    num_experts: Any
+    hidden_dim: Any
+    active_hidden_dim: Any
+    router: Any
+    top_k: Any
+    num_shared_experts: Any
+    capacity_factor: Any
+    eval_capacity_factor: float
+    balance_weight: Any
+    z_loss_weight: Any
+    dropout: Any
+
+    @property
+    def width(self) -> tuple[str, Any]:
+        """The argument that sets the hidden width, and its values."""
+        if self.active_hidden_dim is not None:
+            return "active_hidden_dim", self.active_hidden_dim
+        return "hidden_dim", _HIDDEN_DIMS if self.hidden_dim is None else self.hidden_dim
+
+    def check(self) -> None:
+        """Fails where a value is out of range, or both widths are set."""
+        for argument, check in _CHECKS.items():
+            checked(check, argument, getattr(self, argument))
+        checks.positive("eval_capacity_factor", self.eval_capacity_factor)
+        if self.hidden_dim is not None and self.active_hidden_dim is not None:
+            checks.fail(
+                "`hidden_dim` must be None where `active_hidden_dim` is given.",
+                hidden_dim=self.hidden_dim,
+                active_hidden_dim=self.active_hidden_dim,
+            )
+        checked(checks.positive_int, *self.width)
+
+    def draw(self, hp: "HyperParameters", name: str) -> Config:
+        """Draws a router and its arguments."""
+        rules = candidates("router", self.router)
+        choices = Choices(hp, name)
+        rule = choices.draw("router", self.router)
+        if len(rules) == 1:
+            return self._draw_arguments(choices, rule)
         # KerasTuner holds conditions on hyperparameters one inside of the other only, so that a
         # `top_k` that depends on the router and on the experts needs experts of its own.
         drawn = {}
-        for router_name in rules:
-            with choices.scope("router", [router_name]):
-                drawn[router_name] = moe_space(
-                    hp,
-                    f"{name}/{router_name}",
-                    num_experts=num_experts,
-                    hidden_dim=hidden_dim,
-                    active_hidden_dim=active_hidden_dim,
-                    router=router_name,
-                    top_k=top_k,
-                    num_shared_experts=num_shared_experts,
-                    capacity_factor=capacity_factor,
-                    eval_capacity_factor=eval_capacity_factor,
-                    balance_weight=balance_weight,
-                    z_loss_weight=z_loss_weight,
-                    dropout=dropout,
-                )
+        for router in rules:
+            with choices.scope("router", [router]):
+                one = dataclasses.replace(self, router=router)
+                drawn[router] = one.draw(hp, f"{name}/{router}")
         return drawn.get(rule, {})
 
-    experts = choices.draw("num_experts", num_experts)
-    if rule == "top_k":
-        chosen = _draw_top_k(choices, num_experts, top_k)
-    else:
-        chosen = 1 if rule == "switch" else experts
-    shared = choices.draw("num_shared_experts", num_shared_experts)
-    hidden = choices.draw(width, widths)
-    if active_hidden_dim is not None:
-        most = {"top_k": max(candidates("top_k", top_k)), "switch": 1}.get(rule, most_experts)
-        _check_divisible(active_hidden_dim, min(most, most_experts), num_shared_experts)
-    arguments = {"z_loss_weight": choices.draw("z_loss_weight", z_loss_weight)}
-    if rule != "dense":
-        capacity = choices.draw("capacity_factor", capacity_factor)
-        arguments["capacity_factor"] = capacity
-        if capacity is not None:
-            arguments["eval_capacity_factor"] = max(capacity, eval_capacity_factor)
-        arguments["balance_weight"] = choices.draw("balance_weight", balance_weight)
-    arguments["dropout"] = choices.draw("dropout", dropout)
-    if not choices.is_active:
-        return {}
-    if chosen is None:
-        checks.fail(
-            f"`{choices.full_name('num_experts')}` must be one of "
-            f"{candidates('num_experts', num_experts)}, for which this space has a `top_k`.",
-            num_experts=experts,
-        )
-    if rule == "top_k":
-        arguments["top_k"] = chosen
-    if active_hidden_dim is not None:
-        hidden = round(hidden / (chosen + shared))
-    return {
-        "num_experts": experts,
-        "hidden_dim": hidden,
-        "router": rule,
-        "num_shared_experts": shared,
-        **arguments,
-    }
+    def _draw_arguments(self, choices: Choices, rule: str) -> Config:
+        """Draws what the router `rule` has; nothing in a scope that is not active."""
+        experts = choices.draw("num_experts", self.num_experts)
+        if rule == "top_k":
+            chosen = _draw_top_k(choices, self.num_experts, self.top_k)
+        else:
+            chosen = 1 if rule == "switch" else experts
+        shared = choices.draw("num_shared_experts", self.num_shared_experts)
+        hidden = choices.draw(*self.width)
+        if self.active_hidden_dim is not None:
+            most_experts = max(candidates("num_experts", self.num_experts))
+            most = {"top_k": max(candidates("top_k", self.top_k)), "switch": 1}
+            most_chosen = min(most.get(rule, most_experts), most_experts)
+            _check_divisible(self.active_hidden_dim, most_chosen, self.num_shared_experts)
+        arguments = {"z_loss_weight": choices.draw("z_loss_weight", self.z_loss_weight)}
+        if rule != "dense":
+            capacity = choices.draw("capacity_factor", self.capacity_factor)
+            arguments["capacity_factor"] = capacity
+            if capacity is not None:
+                arguments["eval_capacity_factor"] = max(capacity, self.eval_capacity_factor)
+            arguments["balance_weight"] = choices.draw("balance_weight", self.balance_weight)
+        arguments["dropout"] = choices.draw("dropout", self.dropout)
+        if not choices.is_active:
+            return {}
+        if chosen is None:
+            checks.fail(
+                f"`{choices.full_name('num_experts')}` must be one of "
+                f"{candidates('num_experts', self.num_experts)}, for which this space has a "
+                "`top_k`.",
+                num_experts=experts,
+            )
+        if rule == "top_k":
+            arguments["top_k"] = chosen
+        if self.active_hidden_dim is not None:
+            hidden = round(hidden / (chosen + shared))
+        return {
+            "num_experts": experts,
+            "hidden_dim": hidden,
+            "router": rule,
+            "num_shared_experts": shared,
+            **arguments,
+        }
+
+
+_CHECKS: dict[str, Callable[..., Any]] = {
+    "num_experts": checks.positive_int,
+    "top_k": checks.positive_int,
+    "router": lambda name, value: checks.one_of(name, value, _ROUTERS),
+    "num_shared_experts": lambda name, value: checks.int_at_least(name, value, 0),
+    "capacity_factor": lambda name, value: checks.optional(checks.positive, name, value),
+    "balance_weight": checks.non_negative,
+    "z_loss_weight": checks.non_negative,
+    "dropout": checks.rate,
+}
 
 
 def _draw_top_k(choices: Choices, num_experts: Any, top_k: Any) -> int | None:
