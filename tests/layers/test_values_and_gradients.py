@@ -141,7 +141,7 @@ DISPATCHERS = {
     "capacity_1.25": {"capacity_factor": 1.25, "dispatch": "slots"},
 }
 if keras.backend.backend() == "tensorflow":
-    del DISPATCHERS["grouped"]  # it has none; tests/dispatch/test_native.py
+    del DISPATCHERS["grouped"]  # it has none
 MAIN_DISPATCHERS = ["walk", "dense", "capacity_1.0"]
 
 
