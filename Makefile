@@ -13,19 +13,19 @@ export TF_CPP_MIN_LOG_LEVEL ?= 2
 .PHONY: demo vision text tune benchmarks benchmarks-table router-table check test test-everywhere lint docs test-jax test-tensorflow test-torch test-tfrs test-once test-extras constraints clean
 
 demo: $(VENV)/.demo
-	$(TFRS) $(BIN)/python examples/recommend_movies.py
+	$(TFRS) $(BIN)/python examples/studies/movies.py
 
 # On JAX unless the caller chooses: it compiles and trains these small models fastest on a CPU.
 vision text tune: export KERAS_BACKEND ?= jax
 
 vision: $(VENV)/.demo
-	$(BIN)/python examples/image_classification_vit_moe.py
+	$(BIN)/python examples/studies/images.py
 
 text: $(VENV)/.demo
-	$(BIN)/python examples/text_switch_transformer.py
+	$(BIN)/python examples/studies/text.py
 
 tune: $(VENV)/.demo
-	$(BIN)/python examples/tune_moe.py
+	$(BIN)/python examples/studies/tune.py
 
 # Beside other libraries' layers, which are installed apart: `make benchmarks ARGS="--backend jax"`.
 benchmarks: $(BENCH)/.done
@@ -65,8 +65,8 @@ docs: $(VENV)/.dev
 # compiles nothing (the marker `one_backend`); `make test-everywhere` runs all on all.
 CORE_TESTS := tests/callbacks tests/dispatch tests/layers tests/models tests/oracle tests/parity \
 	tests/plots tests/reporting tests/routers tests/tuning
-JAX_EXAMPLES := tests/examples/test_image_classification.py tests/examples/test_text_switch_transformer.py \
-	tests/examples/test_tune_moe.py
+JAX_EXAMPLES := tests/examples/studies/test_images_study.py tests/examples/studies/test_text_study.py \
+	tests/examples/studies/test_tune_study.py
 
 # Most of a test's time goes into compiling small programs. So LLVM does not optimise them, XLA still does, and JAX
 # takes those that it knows from a run before. `test-once` compiles as users do.
@@ -83,7 +83,7 @@ test-everywhere: $(VENV)/.dev
 
 # What lives in Keras 2 needs its own environment.
 test-tfrs: $(VENV)/.dev
-	$(TFRS) $(PYTEST) tests/integrations tests/examples/test_recommend_movies.py
+	$(TFRS) $(PYTEST) tests/integrations tests/examples/studies/test_movies_study.py
 
 # What does not depend on the backend, or starts a process per backend itself.
 test-once: $(VENV)/.dev

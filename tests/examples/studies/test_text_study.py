@@ -1,4 +1,4 @@
-"""The language example: a whole run, exact resume, a fair split, generation."""
+"""The text study: a whole run, exact resume, a fair split, generation."""
 
 import dataclasses
 import json
@@ -8,7 +8,7 @@ import keras
 import matplotlib.image
 import numpy as np
 import pytest
-import text_switch_transformer as example
+import text as example
 from common.seeds import verdict
 from keras import ops
 from language import data

@@ -1,4 +1,4 @@
-"""The tuning example: whole runs, kills, failures, other searches' folders, the Pareto front."""
+"""The tuning study: whole runs, kills, failures, other searches' folders, the Pareto front."""
 
 import json
 import os
@@ -19,7 +19,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of keras-tuner's import
     import keras_tuner
 
-import tune_moe
+import tune
 from tuning import search as search_module
 from tuning import show
 from tuning.compare import default_values, train
@@ -29,7 +29,7 @@ from tuning.search import SAVED, Figure, Search, claim, run_trials
 import keras_moe
 from keras_moe.tuning import ActiveCost
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+STUDIES = Path(__file__).parents[3] / "examples" / "studies"
 TRIALS = 4
 
 
@@ -49,7 +49,7 @@ class Toy(keras_tuner.HyperModel):
     def fit(self, hp, model, callbacks, **arguments):
         trial, self.fitted = self.fitted, self.fitted + 1
         if trial == self.waiting:
-            time.sleep(120)
+            time.sleep(600)
         if trial in self.failing:
             raise ArithmeticError(f"trial {trial} diverged")
         (cost,) = (callback for callback in callbacks if isinstance(callback, ActiveCost))
@@ -132,10 +132,10 @@ class TestParetoFront:
 
 class TestKilled:
     def test_goes_on_as_if_nothing_had_happened(self, tmp_path, uninterrupted):
-        paths = [Path(keras_moe.__file__).parents[1], EXAMPLES]
+        paths = [Path(keras_moe.__file__).parents[1], STUDIES]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
         child = subprocess.Popen([sys.executable, __file__, str(tmp_path)], env=environment)
-        begun, deadline = tmp_path / "toy" / "trial_2" / "trial.json", time.monotonic() + 100
+        begun, deadline = tmp_path / "toy" / "trial_2" / "trial.json", time.monotonic() + 500
         while not begun.exists() and child.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
         child.send_signal(signal.SIGKILL)  # in the third trial
@@ -212,12 +212,12 @@ class TestFailures:
 class TestOtherSearch:
     def test_is_left_alone(self, tmp_path, capsys):
         arguments = ["--search", "vit", "--quick", "--out", str(tmp_path)]
-        options = tune_moe.parse_arguments(arguments)
-        claim(tune_moe.digits_search(options), tmp_path, "random", overwrite=False)
+        options = tune.parse_arguments(arguments)
+        claim(tune.digits_search(options), tmp_path, "random", overwrite=False)
         (tmp_path / "vit" / "trial_0").mkdir()
         (tmp_path / "vit" / "trial_0" / "trial.json").write_text("precious")
         before = contents(tmp_path)
-        assert tune_moe.main([*arguments, "--tuner", "bayesian"]) == 2
+        assert tune.main([*arguments, "--tuner", "bayesian"]) == 2
         error = capsys.readouterr().err
         assert "another search, which differs in tuner. Nothing was changed" in error
         assert "--overwrite" in error
@@ -238,7 +238,7 @@ class TestOtherSearch:
 class TestWholeRun:
     def test_both_searches_then_again_without_training(self, tmp_path, capsys, monkeypatch):
         arguments = ["--quick", "--trials", "1", "--seeds", "1", "--out", str(tmp_path)]
-        assert tune_moe.main(arguments) == 0
+        assert tune.main(arguments) == 0
         printed = capsys.readouterr().out
         record = json.loads((tmp_path / "figures.json").read_text())
         assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
@@ -260,17 +260,17 @@ class TestWholeRun:
                 assert verdict.partition(" (")[0][:60] in " ".join(printed.split())
 
         monkeypatch.setattr(keras.Model, "fit", None)
-        assert tune_moe.main(arguments) == 0
+        assert tune.main(arguments) == 0
         assert json.loads((tmp_path / "figures.json").read_text()) == record
 
     @pytest.mark.parametrize("wrong", [["--trials", "0"], ["--tuner", "grid"], ["--search", "x"]])
     def test_wrong_options(self, wrong, capsys):
         with pytest.raises(SystemExit):
-            tune_moe.parse_arguments(wrong)
+            tune.parse_arguments(wrong)
         assert wrong[0] in capsys.readouterr().err
 
     def test_splits_share_no_digit(self):
-        search = tune_moe.digits_search(tune_moe.parse_arguments([]))
+        search = tune.digits_search(tune.parse_arguments([]))
         splits = (search.fit["x"], search.fit["validation_data"][0], search.test["x"])
         rows = [{image.tobytes() for image in split} for split in splits]
         assert not rows[0] & rows[1] and not rows[0] & rows[2] and not rows[1] & rows[2]
@@ -286,8 +286,8 @@ if __name__ == "__main__":
 
 class TestRetraining:
     def test_a_compiled_model_started_anew_equals_a_new_one(self, tmp_path):
-        options = tune_moe.parse_arguments(["--quick"])
-        search = tune_moe.digits_search(options)
+        options = tune.parse_arguments(["--quick"])
+        search = tune.digits_search(options)
         values = default_values(search)
 
         def run(folder, seed, compiled):

@@ -6,15 +6,15 @@ Once all its feed-forward layers are dense. Once those of the last half of its b
 sparse mixture, whose patches each choose their experts. The dense one's hidden layers are widened
 until both compute the same per image, so what differs is where the parameters are.
 
-    python examples/image_classification_vit_moe.py                      # Fashion-MNIST, Soft MoE
-    python examples/image_classification_vit_moe.py --dataset digits     # no download
-    python examples/image_classification_vit_moe.py --ffn switch --seeds 5
-    KERAS_BACKEND=torch python examples/image_classification_vit_moe.py --jit-compile
+    python examples/studies/images.py                      # Fashion-MNIST, Soft MoE
+    python examples/studies/images.py --dataset digits     # no download
+    python examples/studies/images.py --ffn switch --seeds 5
+    KERAS_BACKEND=torch python examples/studies/images.py --jit-compile
 
 Kill it at any time: the same command goes on where it was, and its numbers are those of a run that
 was never killed.
 
-What comes out, in `results/image_classification/{dataset}_{ffn}`: `dense.keras` and
+What comes out, in `results/studies/images/{dataset}_{ffn}`: `dense.keras` and
 `mixture.keras`, the models of the first seed; `learning_curves.png`; `experts.png`, which patches
 the experts take; `figures.json`, the numbers; and `checkpoints`.
 """
@@ -93,9 +93,7 @@ def complete(options: argparse.Namespace, images: Images) -> None:
     options.patch_size = options.patch_size or recipe.patch_size
     options.batch_size = options.batch_size or recipe.batch_size
     options.steps_per_epoch = options.steps_per_epoch or recipe.steps_per_epoch
-    options.out = options.out or Path(
-        "results/image_classification", f"{options.dataset}_{options.ffn}"
-    )
+    options.out = options.out or Path("results/studies/images", f"{options.dataset}_{options.ffn}")
     if options.batch_size > len(images.train[0]):
         raise DataError(
             f"the batch size must be at most {len(images.train[0])}, the training images of "

@@ -7,10 +7,10 @@ the size; and with two of 16 that a bias keeps busy in place of a loss (DeepSeek
 have the same number of parameters, and the dense model's hidden layers are widened until it
 computes as much per byte, so what differs is where the parameters are, and who chooses.
 
-    python examples/text_switch_transformer.py                     # what Python says about itself
-    python examples/text_switch_transformer.py --text book.txt --seeds 5
-    python examples/text_switch_transformer.py --moe-every 2       # every second block is dense
-    KERAS_BACKEND=torch python examples/text_switch_transformer.py
+    python examples/studies/text.py                     # what Python says about itself
+    python examples/studies/text.py --text book.txt --seeds 5
+    python examples/studies/text.py --moe-every 2       # every second block is dense
+    KERAS_BACKEND=torch python examples/studies/text.py
 
 Only routing that looks at a byte alone will do: where experts choose their bytes (expert choice) or
 mix them (Soft MoE), a byte's prediction depends on those after it, which training would use and
@@ -20,7 +20,7 @@ whether a byte finds room depends on the rest of the batch.
 Kill it at any time: the same command goes on where it was, and its numbers are those of a run that
 was never killed.
 
-What comes out, in `results/text`: a `.keras` file per model, of the first seed;
+What comes out, in `results/studies/text`: a `.keras` file per model, of the first seed;
 `learning_curves.png`; `experts.png`, which of Switch's experts each byte of a passage takes;
 `figures.json`, the numbers; `samples.txt`, what the models write; and `checkpoints`.
 """
@@ -145,7 +145,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         default=keras.backend.backend() != "torch",
         help="compile training steps, with XLA or torch.compile (default: on, except on torch)",
     )
-    parser.add_argument("--out", type=Path, default=Path("results/text"))
+    parser.add_argument("--out", type=Path, default=Path("results/studies/text"))
     parser.add_argument(
         "--overwrite", action="store_true", help="start anew in a folder that has results"
     )

@@ -5,20 +5,20 @@ keras_moe on real data, each with a training, a validation and a test split:
 
 - a Vision Transformer on scikit-learn's 8 x 8 digits, whose feed-forward is dense, `SoftMoE`, `MoE`
   or `SwitchFFN`;
-- the movie recommender of `recommend_movies.py`, an `MMoE` under three tasks, as a Keras 3 model.
+- the movie recommender of `movies.py`, an `MMoE` under three tasks, as a Keras 3 model.
 
-    python examples/tune_moe.py
-    python examples/tune_moe.py --search vit --tuner bayesian --trials 20
-    python examples/tune_moe.py --search recommender --max-flops 60000
-    KERAS_BACKEND=jax python examples/tune_moe.py --out results/tuning_jax
+    python examples/studies/tune.py
+    python examples/studies/tune.py --search vit --tuner bayesian --trials 20
+    python examples/studies/tune.py --search recommender --max-flops 60000
+    KERAS_BACKEND=jax python examples/studies/tune.py --out results/studies/tune_jax
 
 The trials compare models by a validation metric of a single training, so the luckiest of many wins.
 What counts comes after: the best and the default hyperparameters are trained anew from the same
 seeds, and differ on the test split by more than chance, or not.
 
 It can be killed at any moment: the same command goes on, and repeats no trial that had ended. What
-comes out, in `results/tuning`: `pareto.png`, the metric against the active FLOPs; `figures.json`,
-the numbers; and a folder per search, with KerasTuner's files.
+comes out, in `results/studies/tune`: `pareto.png`, the metric against the active FLOPs;
+`figures.json`, the numbers; and a folder per search, with KerasTuner's files.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from tuning.search import TUNERS, Figure, Search, claim, run_trials, write_whole
 
 from keras_moe.tuning import ActiveCost, HyperMMoERecommender, HyperViTMoE
 
-MOVIES = Path(__file__).parent / "data" / "ml-latest-small"
+MOVIES = Path(__file__).parents[1] / "data" / "ml-latest-small"
 HELD_OUT = 360  # digits to validate on, and as many to test on
 NEGATIVES_EACH = 1  # sampled unwatched movies per watched one
 COLOURED_BY = {"vit": "feed_forward", "recommender": "mmoe/num_experts"}
@@ -81,7 +81,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         type=positive,
         help="fail a trial whose model has more active FLOPs per example, without training it",
     )
-    parser.add_argument("--out", type=Path, default=Path("results/tuning"))
+    parser.add_argument("--out", type=Path, default=Path("results/studies/tune"))
     parser.add_argument(
         "--overwrite", action="store_true", help="delete an earlier search in --out"
     )
@@ -158,7 +158,7 @@ def digits_search(options: argparse.Namespace) -> Search:
 def movies_search(options: argparse.Namespace) -> Search:
     """Describe the search for a recommender: will they watch it, like it, and how many stars?
 
-    The split, the features and the sampled negatives are those of `recommend_movies.py`: nothing a
+    The split, the features and the sampled negatives are those of `movies.py`: nothing a
     model sees is of its example's moment or later.
     """
     data = load_movielens(MOVIES, max_users=40 if options.quick else None)

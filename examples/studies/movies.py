@@ -8,15 +8,15 @@ Mixture-of-Experts (MMoE) mixes experts for each task; a tower per task predicts
 network with as many parameters, trained on the same examples with the same seeds, shows what the
 experts are worth. The training loop is a `tfrs.Model` of TensorFlow Recommenders.
 
-    python examples/recommend_movies.py                       # the data beside this script
-    python examples/recommend_movies.py --data ~/ml-25m --limit 20000
-    python examples/recommend_movies.py --user 599 --seeds 5
+    python examples/studies/movies.py                       # the data beside the examples
+    python examples/studies/movies.py --data ~/ml-25m --limit 20000
+    python examples/studies/movies.py --user 599 --seeds 5
 
-What comes out, in `results/recommend_movies`: `report.html`, one file with everything printed here
+What comes out, in `results/studies/movies`: `report.html`, one file with everything printed here
 and pictures; `mmoe_ranker.keras`, the model; `figures.json`, the numbers.
 
-The data beside this script is ml-latest-small of GroupLens, under the terms in
-`data/ml-latest-small/README.txt` (research use, acknowledgement, no commercial use without
+The data, in `examples/data`, is ml-latest-small of GroupLens, under the terms in
+`ml-latest-small/README.txt` there (research use, acknowledgement, no commercial use without
 permission): F. Maxwell Harper and Joseph A. Konstan. 2015. The MovieLens Datasets: History and
 Context. ACM Transactions on Interactive Intelligent Systems (TiiS) 5, 4: 19:1-19:19.
 https://doi.org/10.1145/2827872
@@ -67,8 +67,7 @@ from rich.console import Console
 from keras_moe.integrations.tfrs import KerasBridge
 from keras_moe.models import task_gates
 
-HERE = Path(__file__).parent
-SHIPPED_DATA = HERE / "data" / "ml-latest-small"
+SHIPPED_DATA = Path(__file__).parents[1] / "data" / "ml-latest-small"
 NEGATIVES_EACH = 4  # sampled unwatched movies per watched one
 TEST_SEED, VALIDATION_SEED = 2_000_003, 1_000_003  # of the negatives, the same for all models
 EVALUATION_BATCH = 8192
@@ -86,14 +85,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         type=Path,
         default=SHIPPED_DATA,
         help="a MovieLens folder: ml-latest(-small), ml-25m, ml-32m, ml-1m or ml-10m "
-        "(default: the ml-latest-small beside this script)",
+        "(default: the ml-latest-small in examples/data)",
     )
     parser.add_argument("--epochs", type=positive, default=8, help="at most (default: 8)")
     parser.add_argument("--batch-size", type=positive, default=4096, help="(default: 4096)")
     parser.add_argument("--experts", type=positive, default=4, help="of the MMoE (default: 4)")
     parser.add_argument("--seeds", type=positive, default=3, help="runs per model (default: 3)")
     parser.add_argument("--user", type=int, help="userId to recommend to (default: who rated most)")
-    parser.add_argument("--out", type=Path, default=Path("results/recommend_movies"))
+    parser.add_argument("--out", type=Path, default=Path("results/studies/movies"))
     parser.add_argument(
         "--limit", type=positive, help="keep this many users, drawn at random (default: all)"
     )
@@ -487,7 +486,7 @@ def main(arguments: list[str] | None = None) -> int:
         favourites=favourites,
         lists=lists,
         gate_use=gate_use,
-        command=" ".join(["python examples/recommend_movies.py", *(arguments or sys.argv[1:])]),
+        command=" ".join(["python examples/studies/movies.py", *(arguments or sys.argv[1:])]),
     )
     show.ending(options.out / "report.html", time.perf_counter() - began)
     return 0

@@ -1,4 +1,4 @@
-"""The image example: whole runs, exact resume after a kill, clear errors, true pictures."""
+"""The image study: whole runs, exact resume after a kill, clear errors, true pictures."""
 
 import json
 import os
@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-import image_classification_vit_moe as example
+import images as example
 import keras
 import matplotlib.image
 import numpy as np
@@ -20,11 +20,11 @@ from vision.routing import measure_use
 
 import keras_moe
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+STUDIES = Path(__file__).parents[3] / "examples" / "studies"
 # What the script does, less the dense model.
 TRAIN_MIXTURE = """
 import sys
-import image_classification_vit_moe as example
+import images as example
 
 options = example.parse_arguments(sys.argv[1:])
 images = example.load_images(options.dataset)
@@ -91,9 +91,7 @@ def resumed(folder, mixture, images):
         [sys.executable, "-c", TRAIN_MIXTURE, *TINY, "--ffn", "switch", "--out", str(out)],
         env={
             **os.environ,
-            "PYTHONPATH": os.pathsep.join(
-                [str(EXAMPLES), str(Path(keras_moe.__file__).parents[1])]
-            ),
+            "PYTHONPATH": os.pathsep.join([str(STUDIES), str(Path(keras_moe.__file__).parents[1])]),
         },
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
