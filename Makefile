@@ -1,5 +1,6 @@
 # Two commands are enough: `make demo` and `make test`; `make vision`, `make text` and `make tune` run the other
-# examples. Each sets up all it needs; a second run starts at once. Python 3.11 or newer and make must be there.
+# examples, `make study-movies` and the like the studies behind them. Each sets up all it needs; a second run starts at
+# once. Python 3.11 or newer and make must be there.
 
 PYTHON ?= python3
 VENV := .venv
@@ -10,13 +11,13 @@ TFRS := TF_USE_LEGACY_KERAS=1 KERAS_BACKEND=tensorflow
 PYTEST := $(BIN)/python -m pytest -n 2
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: demo vision text tune benchmarks benchmarks-table router-table hooks check test test-everywhere lint docs test-jax test-tensorflow test-torch test-tfrs test-once test-extras test-lowest constraints clean
+.PHONY: demo vision text tune study-movies study-images study-text study-tune benchmarks benchmarks-table router-table hooks check test test-everywhere lint docs test-jax test-tensorflow test-torch test-tfrs test-once test-extras test-lowest constraints clean
 
 demo: $(VENV)/.demo
 	$(TFRS) $(BIN)/python examples/recommend_movies.py
 
 # On JAX unless the caller chooses: it compiles and trains these small models fastest on a CPU.
-vision text tune: export KERAS_BACKEND ?= jax
+vision text tune study-images study-text study-tune: export KERAS_BACKEND ?= jax
 
 vision: $(VENV)/.demo
 	$(BIN)/python examples/image_classification_vit_moe.py
@@ -26,6 +27,13 @@ text: $(VENV)/.demo
 
 tune: $(VENV)/.demo
 	$(BIN)/python examples/tune_moe.py
+
+# Several seeds, intervals and baselines: `make study-text ARGS="--seeds 5"`.
+study-movies: $(VENV)/.demo
+	$(TFRS) $(BIN)/python examples/studies/movies.py $(ARGS)
+
+study-images study-text study-tune: study-%: $(VENV)/.demo
+	$(BIN)/python examples/studies/$*.py $(ARGS)
 
 # Beside other libraries' layers, which are installed apart: `make benchmarks ARGS="--backend jax"`.
 benchmarks: $(BENCH)/.done
@@ -69,8 +77,6 @@ docs: $(VENV)/.dev
 # compiles nothing (the marker `one_backend`); `make test-everywhere` runs all on all.
 CORE_TESTS := tests/callbacks tests/dispatch tests/layers tests/models tests/oracle tests/parity \
 	tests/plots tests/reporting tests/routers tests/tuning
-JAX_EXAMPLES := tests/examples/test_image_classification.py tests/examples/test_text_switch_transformer.py \
-	tests/examples/test_tune_moe.py
 
 # Most of a test's time goes into compiling small programs. So LLVM does not optimise them, XLA still does, and JAX
 # takes those that it knows from a run before. `test-once` compiles as users do.
@@ -83,16 +89,19 @@ test-jax test-tensorflow test-torch: test-%: $(VENV)/.dev
 	KERAS_BACKEND=$* $(PYTEST) $(CORE_TESTS) $(ARGS)
 
 test-everywhere: $(VENV)/.dev
-	$(MAKE) test-jax test-tensorflow test-torch ARGS="--everything $(JAX_EXAMPLES)"
+	$(MAKE) test-jax test-tensorflow test-torch ARGS="--everything tests/examples"
 
 # What lives in Keras 2 needs its own environment.
 test-tfrs: $(VENV)/.dev
-	$(TFRS) $(PYTEST) tests/integrations tests/examples/test_recommend_movies.py
+	$(TFRS) $(PYTEST) tests/integrations tests/examples/test_recommend_movies.py \
+		tests/examples/studies/test_movies_study.py
 
-# What does not depend on the backend, or starts a process per backend itself.
+# What does not depend on the backend, or starts a process per backend itself. The examples and studies that are not
+# of Keras 2 run on PyTorch, which compiles nothing.
 test-once: $(VENV)/.dev
 	KERAS_BACKEND=jax $(PYTEST) tests/benchmarks tests/cross_backend tests/distribution tests/docs \
-		tests/packaging $(JAX_EXAMPLES)
+		tests/packaging
+	KERAS_BACKEND=torch $(PYTEST) tests/examples
 
 # Each extra in an environment of its own, which is made and deleted: `make test-extras ARGS="tuner plot"`.
 test-extras: $(VENV)/.dev

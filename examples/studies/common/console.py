@@ -1,4 +1,4 @@
-"""Where the examples that train several models print to."""
+"""Where the studies that train several models print to."""
 
 import sys
 

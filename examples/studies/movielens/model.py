@@ -1,6 +1,6 @@
-"""The two rankers of the example, as `keras_moe.models.multitask_ranker`: shared bottom, and MMoE.
+"""The two rankers of the movie study, by `models.multitask_ranker`: shared bottom, and MMoE.
 
-Nothing here knows of tensorflow-recommenders; `recommend_movies.py` puts these models in one.
+Nothing here knows of tensorflow-recommenders; `movies.py` puts these models in one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the example prints: progress, tables and sentences."""
+"""What the study prints: progress, tables and sentences."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the examples' pictures look."""
+"""How the studies' pictures look."""
 
 # Okabe and Ito's colours, told apart by readers with any colour vision.
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#999999")

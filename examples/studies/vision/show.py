@@ -1,4 +1,4 @@
-"""What the example prints, and the numbers it writes."""
+"""What the study prints, and the numbers it writes."""
 
 from __future__ import annotations
 

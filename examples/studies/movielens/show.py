@@ -1,4 +1,4 @@
-"""What the example prints, as tables and sentences."""
+"""What the study prints, as tables and sentences."""
 
 from __future__ import annotations
 

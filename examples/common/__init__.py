@@ -1,1 +1,0 @@
-"""What the examples share: training that resumes, and what a few seeds can show."""

@@ -1,1 +1,0 @@
-"""Parts of `text_switch_transformer.py`: text, generation, pictures, tables."""

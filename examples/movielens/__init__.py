@@ -1,1 +1,0 @@
-"""The parts of `recommend_movies.py`: reading MovieLens, features, models, the report."""

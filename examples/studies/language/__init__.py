@@ -1,0 +1,1 @@
+"""Parts of `text.py`: text, generation, pictures, tables."""

@@ -1,0 +1,1 @@
+"""The parts of `movies.py`: reading MovieLens, features, models, the report."""

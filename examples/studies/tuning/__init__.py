@@ -1,0 +1,1 @@
+"""What `tune.py` is made of: the search, the comparison, what is shown."""

@@ -1,0 +1,1 @@
+"""Parts of `images.py`: data, training that resumes, pictures, tables."""
