@@ -204,8 +204,9 @@ MUTATIONS = (
         TENSORFLOW + "ranges.py",
         "grad_weights = tf.gather(grad_weight[:, 0], tf.transpose(_slot_of(route)))",
         "grad_weights = tf.gather(grad_weight[:, 0], tf.transpose(_slot_of(route)))[:, ::-1]",
-        (WALK,),
+        (VALUES,),
         "tensorflow",
+        select="test_moe_top_k",
     ),
     Mutation(
         "under XLA a block's gradient takes in the next expert's rows",

@@ -34,6 +34,10 @@ class Feature:
         if not isinstance(self.name, str) or not self.name or "/" in self.name:
             checks.fail("`name` must be a non-empty string without slashes.", name=self.name)
 
+    def _set_size(self, name: str) -> None:
+        """Checks a size and keeps it as an `int`: Keras's layers refuse NumPy's integers."""
+        object.__setattr__(self, name, checks.positive_int(name, getattr(self, name)))
+
     @property
     def is_regularized(self) -> bool:
         """Whether the model's dropout of embeddings applies to the vector."""
@@ -76,8 +80,8 @@ class Categorical(Feature):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        checks.positive_int("size", self.size)
-        checks.positive_int("dim", self.dim)
+        self._set_size("size")
+        self._set_size("dim")
 
     @property
     def is_regularized(self) -> bool:
@@ -123,7 +127,7 @@ class History(Feature):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        checks.positive_int("length", self.length)
+        self._set_size("length")
 
     @property
     def is_regularized(self) -> bool:
@@ -155,8 +159,8 @@ class MultiHot(Feature):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        checks.positive_int("size", self.size)
-        checks.positive_int("dim", self.dim)
+        self._set_size("size")
+        self._set_size("dim")
 
     def input(self) -> Tensor:
         return keras.Input((self.size,), name=self.name)
@@ -192,7 +196,7 @@ class Numeric(Feature):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        checks.positive_int("size", self.size)
+        self._set_size("size")
         if (self.mean is None) != (self.variance is None):
             checks.fail(
                 "`mean` and `variance` must be given both or neither.",

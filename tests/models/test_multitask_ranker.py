@@ -393,6 +393,20 @@ class Vector(features.Feature):
         return keras.layers.UnitNormalization(name=f"{self.name}_unit")(inputs)
 
 
+def test_sizes_may_be_integers_of_numpy():
+    numbers = np.array([7, 3, 2, 5])
+    model = multitask_ranker(
+        [
+            features.Categorical("movie", numbers.max(), dim=numbers[1]),
+            features.History("recent", length=numbers[2], of="movie"),
+            features.MultiHot("genres", numbers[3], dim=numbers[1]),
+            features.Numeric("age", numbers[2]),
+        ],
+        {"watched": "binary"},
+    )
+    assert model.get_layer("movie_embedding").input_dim == 7
+
+
 def test_a_feature_of_ones_own():
     model = ranker(features=[*FEATURES, Vector("title", 4)], interactions=[("title", "movie")])
     batch = {**examples(), "title": np.ones((12, 4), "float32")}
