@@ -99,7 +99,11 @@ BAD = [
     (lambda: mmoe(tasks=0), "`tasks` must be a positive integer"),
     (lambda: mmoe(tasks="click"), "a sequence of distinct names. Received: tasks='click'"),
     (lambda: mmoe(tasks={"a": 1}), "a sequence of distinct names"),
-    (lambda: moe(router="dense", capacity_factor=0.5), "or at least 1, with a dense router"),
+    (lambda: moe(router="dense", capacity_factor=0.5), "or at least 1, with a router that sends"),
+    (
+        lambda: moe(router="uniform", capacity_factor=1.0, eval_capacity_factor=0.5),
+        "must be None, or at least 1, with",
+    ),
     (lambda: moe().running_counts(), "`MoE` has counts once it is built"),
     (lambda: mmoe().reset_running_counts(), "`MMoE` has counts once it is built"),
     (lambda: mmoe(tasks=["a", "a"]), r"distinct names. Received: tasks=\['a', 'a'\]"),
