@@ -57,6 +57,8 @@ CHECK_TESTS := tests/dispatch tests/parity tests/routers tests/layers/test_contr
 	tests/tuning/test_active_flops.py tests/tuning/test_active_parameters.py \
 	tests/tuning/test_check_project.py
 
+# Two workers whose PyTorch takes two threads each wait for each other: the examples' tests took four times as long.
+check test-torch: export OMP_NUM_THREADS ?= 1
 check: lint
 	KERAS_BACKEND=torch $(PYTEST) $(CHECK_TESTS)
 	$(TFRS) $(PYTEST) tests/integrations/test_tfrs.py -k "loss or frozen or flag"
@@ -101,7 +103,7 @@ test-tfrs: $(VENV)/.dev
 test-once: $(VENV)/.dev
 	KERAS_BACKEND=jax $(PYTEST) tests/benchmarks tests/cross_backend tests/distribution tests/docs \
 		tests/packaging
-	KERAS_BACKEND=torch $(PYTEST) tests/examples
+	OMP_NUM_THREADS=1 KERAS_BACKEND=torch $(PYTEST) tests/examples
 
 # Each extra in an environment of its own, which is made and deleted: `make test-extras ARGS="tuner plot"`.
 test-extras: $(VENV)/.dev
