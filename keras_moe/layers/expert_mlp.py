@@ -75,7 +75,7 @@ class ExpertMLP(SavesSeed):
 
     Output shape:
         `(E, C, units[-1])`, `(G, B, units[-1])` with `block_experts`, `(N, units[-1])` with
-        `grouped`.
+        `rows`.
 
     Raises:
         ValueError: on sizes that are not positive, or a bank of inputs of another size than E.

@@ -11,7 +11,7 @@ from keras_moe.core.initializers import reseeded_config
 from keras_moe.core.types import Config, Shape, Tensor
 from keras_moe.dispatch import backend
 from keras_moe.layers.freezing import freeze_parts
-from keras_moe.layers.sublayers import adopt, build_by_call, config_of
+from keras_moe.layers.sublayers import adopt, build_by_call, check_free, config_of
 
 # Draws that one block of one expert may take from a seed generator before it meets the next
 # block's; more than any reasonable number of dropout layers in one expert.
@@ -74,6 +74,7 @@ class LayerExperts(keras.layers.Layer):
                 "`experts` must be distinct layers: a repeated one shares its weights.",
                 experts=experts,
             )
+        check_free(*copies)
         for expert in copies:
             adopt(expert)
         self.experts = copies

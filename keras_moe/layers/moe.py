@@ -32,7 +32,7 @@ from keras_moe.layers.counts import RoutingCounts, check_built
 from keras_moe.layers.expert_mlp import ExpertMLP
 from keras_moe.layers.feed_forward import ExpertFeedForward
 from keras_moe.layers.freezing import freeze_parts
-from keras_moe.layers.sublayers import adopt, build_once, config_of, name_or_default
+from keras_moe.layers.sublayers import adopt, build_once, check_free, config_of, name_or_default
 from keras_moe.layers.tokens import (
     flat_mask,
     flat_token_ids,
@@ -198,7 +198,8 @@ class MoE(ExpertFeedForward):
         self._set_levels(routing_level, capacity_group)
         self._set_router(router, top_k, balance_weight, z_loss_weight)
         self._set_dispatcher(dispatch)
-        adopt(self.router, "router")  # now that nothing is refused any more
+        check_free(self.router, self.experts)
+        adopt(self.router, "router")
         self._make_experts()
         freeze_parts(self)
 

@@ -24,11 +24,17 @@ def adopt(sublayer: keras.layers.Layer, name: str | None = None) -> None:
     A sublayer of two layers would be saved with one and missing from the other: Keras could not
     load such a model, so it is refused before it is trained.
     """
-    if getattr(sublayer, "_is_adopted", False):
-        checks.fail("A router, gate or expert must belong to one layer only.", layer=sublayer)
+    check_free(sublayer)
     sublayer._is_adopted = True
     if name is not None and not sublayer.built:
         sublayer.name = name
+
+
+def check_free(*sublayers: keras.layers.Layer) -> None:
+    """Fails where a sublayer is another layer's: before any of several is taken."""
+    for sublayer in sublayers:
+        if getattr(sublayer, "_is_adopted", False):
+            checks.fail("A router, gate or expert must belong to one layer only.", layer=sublayer)
 
 
 def build_once(sublayer: keras.layers.Layer, input_shape: Shape) -> None:

@@ -45,7 +45,7 @@ class Feature:
 
     def input(self) -> Tensor:
         """Returns the `keras.Input` of this name."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must implement `input`.")
 
     def encode(
         self, inputs: Tensor, tables: Mapping[str, layers.Embedding], seed: int | None
@@ -54,7 +54,7 @@ class Feature:
 
         `tables` are the embeddings of the model's `Categorical` features by name.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must implement `encode`.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -123,6 +123,21 @@ def test_message(make, message):
     assert "Received: " in str(error.value)
 
 
+def test_what_a_refused_layer_was_given_is_still_free():
+    """One of two sublayers belongs to another layer: the other one can be used again."""
+    router, bank = routers.TopKRouter(4), layers.ExpertMLP(4, [8, 6])
+    moe(experts=bank, hidden_dim=None)
+    with pytest.raises(ValueError, match="one layer only"):
+        moe(router=router, experts=bank, hidden_dim=None)
+    assert moe(router=router).router is router
+    dense = [keras.layers.Dense(6) for _ in range(4)]
+    layers.LayerExperts([*dense[:3], keras.layers.Dense(6)], 4)
+    others = [keras.layers.Dense(6) for _ in range(3)]
+    with pytest.raises(ValueError, match="one layer only"):
+        layers.LayerExperts([*others, dense[0]], 4)
+    assert layers.LayerExperts([*others, dense[3]], 4).num_experts == 4
+
+
 class _NotFinite(keras.initializers.Initializer):
     def __call__(self, shape, dtype=None):
         return keras.ops.full(shape, float("nan"), dtype=dtype)
