@@ -14,7 +14,8 @@ assignment. Rows are gathered from the tokens block by block and never stand in 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from keras_moe.core.types import Tensor
+from keras_moe.dispatch.backend import portable
 from keras_moe.dispatch.backend.portable import (  # noqa: F401
     inverse_permutation,
     is_traced_for_export,
@@ -84,7 +86,23 @@ def walk(tokens: Tensor, rows: Rows, stages: Sequence[Stage]) -> Tensor:
     static = _Static(tuple(stage.activation for stage in stages), block_sizes(total, ends.shape[0]))
     layers = [(stage.kernels, stage.biases) for stage in stages]
     scales = [stage.scale for stage in stages]
-    return _walk(static, tokens, weights, layers, scales, slots, ends)[0]
+    with _naming_the_way():
+        return _walk(static, tokens, weights, layers, scales, slots, ends)[0]
+
+
+@contextlib.contextmanager
+def _naming_the_way() -> Iterator[None]:
+    """Says what to do where JAX differentiates in forward mode, which custom gradients have not."""
+    try:
+        yield
+    except TypeError as error:
+        if "forward-mode" not in str(error):
+            raise
+        raise TypeError(
+            "Forward-mode differentiation, as of `jax.jvp` and `jax.jacfwd`, needs "
+            "`dispatch='dense'` or 'lookup', or with a capacity 'einsum': other dispatchers have "
+            "a gradient of their own."
+        ) from error
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -132,8 +150,9 @@ def _walk(
 
 
 def _walk_forward(static: _Static, *inputs: Any) -> tuple[Any, Any]:
-    sums, kept = _walk.fun(static._replace(is_training=True), *inputs)
-    return (sums, []), (*inputs, kept)
+    # Not the plain function: for second derivatives, JAX differentiates what stands here.
+    sums, kept = _walk(static._replace(is_training=True), *inputs)
+    return (sums, kept if static.is_training else []), (*inputs, kept)
 
 
 class _Tape(NamedTuple):
@@ -154,9 +173,18 @@ class _Tape(NamedTuple):
 
 
 def _walk_backward(static: _Static, residuals: Any, cotangents: Any) -> Any:
-    tokens, weights, layers, scales, slots, ends, kept = residuals
+    *inputs, slots, ends, kept = residuals
+    return *_gradients(static, tuple(inputs), slots, ends, kept, cotangents[0]), None, None
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gradients(
+    static: _Static, inputs: Any, slots: Slots, ends: Tensor, kept: Any, grad_sums: Tensor
+) -> Any:
+    """The gradients of the walk by its inputs, which are a walk too."""
+    tokens, weights, layers, scales = inputs
     token_of, weight_of = _assignments(slots, weights)
-    tape = _Tape(static.activations, scales, kept, tokens, cotangents[0], token_of, weight_of)
+    tape = _Tape(static.activations, scales, kept, tokens, grad_sums, token_of, weight_of)
     start = (
         jnp.zeros((token_of.shape[0], tokens.shape[-1]), tokens.dtype),
         jnp.zeros(token_of.shape, tape.wide),
@@ -179,9 +207,34 @@ def _walk_backward(static: _Static, residuals: Any, cotangents: Any) -> Any:
         grad_weights.astype(weights.dtype),
         grad_layers,
         grad_scales,
-        None,
-        None,
     )
+
+
+def _gradients_forward(static: _Static, *arguments: Any) -> tuple[Any, Any]:
+    inputs, slots, ends, _, grad_sums = arguments
+    return _gradients(static, *arguments), (inputs, slots, ends, grad_sums)
+
+
+def _gradients_backward(static: _Static, residuals: Any, cotangents: Any) -> Any:
+    """Second derivatives: those of the same sums in operations that JAX differentiates itself."""
+    inputs, slots, ends, grad_sums = residuals
+
+    def sums(tokens: Tensor, weights: Tensor, layers: Any, scales: Any) -> Tensor:
+        parts = zip(layers, static.activations, scales, strict=True)
+        stages = [
+            Stage(kernels, biases, activation, scale)
+            for (kernels, biases), activation, scale in parts
+        ]
+        return portable.walk(tokens, Rows(weights, slots, ends), stages)
+
+    def gradients(inputs: Any, grad_sums: Tensor) -> Any:
+        return jax.vjp(sums, *inputs)[1](grad_sums)
+
+    grad_inputs, grad_grad_sums = jax.vjp(gradients, inputs, grad_sums)[1](cotangents)
+    return grad_inputs, None, None, None, grad_grad_sums
+
+
+_gradients.defvjp(_gradients_forward, _gradients_backward)
 
 
 def _backward_block(
@@ -274,7 +327,8 @@ def _added(totals: Any, inputs: Tensor, grad_sums: Any, dtype: Any) -> Any:
 
 
 def _take(rows: Tensor, indices: Tensor) -> Tensor:
-    return rows.at[indices].get(mode="promise_in_bounds")
+    # An array of NumPy's comes here where JAX differentiates at one without `jit`.
+    return jnp.asarray(rows).at[indices].get(mode="promise_in_bounds")
 
 
 def _over_blocks(
@@ -355,7 +409,6 @@ def _write(rows: Any, block: Any, at: Tensor) -> Any:
     return jax.tree.map(write, rows, block)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def with_gradient(
     function: Callable[..., Tensor],
     gradient: Callable[..., tuple[Tensor, ...]],
@@ -366,13 +419,19 @@ def with_gradient(
 
     `keras.ops.custom_gradient` would close over `fixed`, which leaks out of `jax.checkpoint`.
     """
+    with _naming_the_way():
+        return _with_gradient(function, gradient, inputs, fixed)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _with_gradient(function: Any, gradient: Any, inputs: Any, fixed: Any) -> Tensor:
     return function(*inputs, *fixed)
 
 
 def _with_gradient_forward(
     function: Any, gradient: Any, inputs: Any, fixed: Any
 ) -> tuple[Tensor, Any]:
-    return with_gradient(function, gradient, inputs, fixed), (inputs, fixed)
+    return _with_gradient(function, gradient, inputs, fixed), (inputs, fixed)
 
 
 def _with_gradient_backward(
@@ -382,7 +441,7 @@ def _with_gradient_backward(
     return gradient(upstream, *inputs, *fixed), None
 
 
-with_gradient.defvjp(_with_gradient_forward, _with_gradient_backward)
+_with_gradient.defvjp(_with_gradient_forward, _with_gradient_backward)
 
 
 def grouped_matmul(rows: Tensor, kernel: Tensor, ends: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import torch
 
 from keras_moe.core.types import Tensor
-from keras_moe.dispatch.backend.portable import with_gradient  # noqa: F401
+from keras_moe.dispatch.backend import portable
 from keras_moe.dispatch.layout import Rows, Stage
 
 WALKS = HAS_GROUPED_MATMUL = True
@@ -73,6 +73,8 @@ def walk(tokens: Tensor, rows: Rows, stages: Sequence[Stage]) -> Tensor:
     slot_of = slots.slot_of.clamp(max=count * top_k - 1).view(top_k, count)
     token_of = slots.assignment % count
     bounds = _bounds(ends)
+    if _is_transformed():
+        return _plain_walk(tokens, weights, token_of, slot_of, bounds, stages)
     *inner, last = stages
     is_linear = bool(inner) and last.activation is None and last.scale is None
     rows, slots_of_tokens = tokens, [token_of, slot_of]
@@ -124,6 +126,17 @@ class _GroupedLinear(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         inputs, *more = ctx.saved_tensors
         slots, kernels, biases = _sorted_out(more, ctx.count)
+        if torch.is_grad_enabled():  # this gradient will be differentiated
+            token_of, *_ = slots or (None,)
+            grads = _gradients(
+                lambda inputs, *weights: tuple(
+                    _plain_linear(inputs, token_of, ctx.bounds, kernel, bias)
+                    for kernel, bias in _pairs(weights, ctx.count)
+                ),
+                (inputs, *kernels, *biases),
+                upstream,
+            )
+            return grads[0], None, None, *[None] * len(slots), *grads[1:]
         needs_inputs, needs_weights = ctx.needs_input_grad[0], any(ctx.needs_input_grad[3:])
         upstream = tuple(each.contiguous() for each in upstream)
         total = upstream[0].shape[0]
@@ -186,6 +199,15 @@ class _LinearCombine(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         hidden, kernel, bias, weights, assignment, token_of, slot_of = ctx.saved_tensors
+        if torch.is_grad_enabled():  # this gradient will be differentiated
+            grads = _gradients(
+                lambda hidden, kernel, bias, weights: _plain_sums(
+                    _plain_linear(hidden, None, ctx.bounds, kernel, bias), slot_of, weights
+                ),
+                (hidden, kernel, bias, weights),
+                upstream,
+            )
+            return *grads, None, None, None, None
         wide = torch.promote_types(hidden.dtype, torch.float32)
         weight_of = _by_slot(weights, assignment)
         grad_hidden = _empty_with_zero_tail(hidden, hidden.shape[0], hidden.shape[1], ctx.bounds)
@@ -229,12 +251,102 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         outputs, weights, assignment, token_of, slot_of = ctx.saved_tensors
+        if torch.is_grad_enabled():  # this gradient will be differentiated
+            grads = _gradients(
+                lambda outputs, weights: _plain_sums(outputs, slot_of, weights),
+                (outputs, weights),
+                upstream,
+            )
+            return *grads, None, None, None, None
         wide = torch.promote_types(outputs.dtype, torch.float32)
         upstream_of = upstream.index_select(0, token_of)
         grad_weight = torch.linalg.vecdot(outputs.to(wide), upstream_of.to(wide))
         grad_weight[ctx.used :] = 0  # nobody's slots, whatever the token that fills them has
         grad_outputs = upstream_of.mul_(_by_slot(weights, assignment))
         return grad_outputs, grad_weight[slot_of].t().to(weights.dtype), None, None, None, None
+
+
+# The same in operations that PyTorch differentiates itself, as often as one likes. They take more
+# time and memory: every expert's rows, and each choice's, stand apart until they are joined.
+
+
+def _plain_walk(
+    tokens: Tensor,
+    weights: Tensor,
+    token_of: Tensor,
+    slot_of: Tensor,
+    bounds: Bounds,
+    stages: Sequence[Stage],
+) -> Tensor:
+    rows = tokens.index_select(0, token_of)
+    for stage in stages:
+        sums = [
+            _plain_linear(rows, None, bounds, kernel, bias)
+            for kernel, bias in _pairs((*stage.kernels, *stage.biases), len(stage.kernels))
+        ]
+        rows = sums[0] if stage.activation is None else stage.activation(*sums)
+        rows = rows if stage.scale is None else rows * stage.scale
+    return _plain_sums(_with_zero_tail(rows, bounds), slot_of, weights)
+
+
+def _plain_linear(
+    inputs: Tensor, token_of: Tensor | None, bounds: Bounds, kernel: Tensor, bias: Tensor | None
+) -> Tensor:
+    """rows[start:end] @ kernel[e] + bias[e] for the bounds of each expert e; 0 past the last."""
+    rows = inputs if token_of is None else inputs.index_select(0, token_of)
+    kernels, biases = kernel.unbind(), None if bias is None else bias.unbind()
+    parts = [rows.new_zeros(0, kernel.shape[-1])]
+    for expert, start, end in _busy(bounds):
+        sums = rows[start:end] @ kernels[expert]
+        parts.append(sums if biases is None else sums + biases[expert])
+    used = bounds[-1][1]
+    return torch.cat([*parts, rows.new_zeros(rows.shape[0] - used, kernel.shape[-1])])
+
+
+def _plain_sums(rows: Tensor, slot_of: Tensor, weights: Tensor) -> Tensor:
+    """The sum over each token's slots `(k, N)` of rows `(S, width)`, `weights (N, k)` times."""
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    chosen = rows[slot_of].to(wide) * weights.t().unsqueeze(-1).to(wide)
+    return chosen.sum(0).to(rows.dtype)
+
+
+def _pairs(weights: Sequence[Tensor], count: int) -> list[tuple[Tensor, Tensor | None]]:
+    """`count` kernels, each with its bias or without."""
+    kernels, biases = weights[:count], weights[count:]
+    return list(zip(kernels, biases or [None] * count, strict=True))
+
+
+def _gradients(
+    function: Callable[..., Any], inputs: Sequence[Tensor | None], upstream: Any
+) -> list[Tensor | None]:
+    """The gradients of a plain function, which can be differentiated; None where none is needed."""
+    is_needed = [each is not None and each.requires_grad for each in inputs]
+    wanted = [each for each, needed in zip(inputs, is_needed, strict=True) if needed]
+    grads = iter(
+        torch.autograd.grad(
+            function(*inputs), wanted, upstream, create_graph=True, materialize_grads=True
+        )
+    )
+    return [next(grads) if needed else None for needed in is_needed]
+
+
+def with_gradient(
+    function: Callable[..., Tensor],
+    gradient: Callable[..., tuple[Tensor, ...]],
+    inputs: tuple[Tensor, ...],
+    fixed: tuple[Tensor, ...],
+) -> Tensor:
+    """function(*inputs, *fixed) with the gradient gradient(upstream, *inputs, *fixed)."""
+    if _is_transformed():  # by which Keras's custom gradients cannot be
+        return function(*inputs, *fixed)
+    return portable.with_gradient(function, gradient, inputs, fixed)
+
+
+def _is_transformed() -> bool:
+    """Whether a transform of `torch.func`, or forward-mode differentiation, is under way."""
+    return (
+        torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    )
 
 
 def _sorted_out(
@@ -281,6 +393,11 @@ def _sums(rows: Tensor, slot_of: Tensor, weights: Tensor | None = None) -> Tenso
 
 def _bounds(ends: Tensor) -> Bounds:
     """Where each expert's rows begin and end, on the host."""
+    if torch._C._functorch.is_batchedtensor(ends):
+        raise ValueError(
+            "`torch.func.vmap` cannot map over a layer whose experts each take their own rows. "
+            "Use `dispatch='dense'`. Received: dispatch='walk'"
+        )
     return list(itertools.pairwise([0, *ends.tolist()]))
 
 

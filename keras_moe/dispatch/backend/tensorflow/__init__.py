@@ -11,12 +11,16 @@ whole.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import tensorflow as tf
+from tensorflow.python.eager import record
 
 from keras_moe.core.types import Size, Tensor
+from keras_moe.dispatch.backend import portable
 from keras_moe.dispatch.backend.portable import (  # noqa: F401
     HAS_GROUPED_MATMUL,
     eagerly,
@@ -76,23 +80,85 @@ def walk(tokens: Tensor, rows: Rows, stages: Sequence[Stage]) -> Tensor:
         packed = tf.nest.pack_sequence_as(experts, flat)
         weight_of = tf.gather(tf.reshape(tf.transpose(weights), [-1]), assignment)[:, None]
         route = Route(slots, token_of, ends, weights, weight_of)
-        result, sums = kind.forward(static, tokens, route, packed)
+        with _unrecorded(is_under_xla):
+            result, sums = kind.forward(static, tokens, route, packed)
 
         def gradient(cotangent: Tensor) -> list[Tensor]:
-            grad_tokens, grad_weights, grad_experts = kind.backward(
-                static, tokens, route, packed, sums, cotangent
-            )
+            if _is_mapped():
+                return _plain_gradients(plain, (tokens, weights, *flat), cotangent)
+            with _unrecorded(is_under_xla):
+                grad_tokens, grad_weights, grad_experts = kind.backward(
+                    static, tokens, route, packed, sums, cotangent
+                )
             return [
                 tf.cast(grad_tokens, tokens.dtype),
                 tf.cast(grad_weights, weights.dtype),
                 *tf.nest.flatten(grad_experts),
             ]
 
-        return tf.cast(result, tokens.dtype), gradient
+        @tf.custom_gradient
+        def gradient_under_xla(cotangent: Tensor, *inputs: Tensor) -> Any:
+            return gradient(cotangent), partial(_second, plain, cotangent, inputs)
 
-    return apply(
-        tokens, weights, *[tf.convert_to_tensor(each) for each in tf.nest.flatten(experts)]
-    )
+        def differentiable(cotangent: Tensor) -> Any:
+            return gradient_under_xla(cotangent, tokens, weights, *flat)
+
+        return tf.cast(result, tokens.dtype), differentiable if is_under_xla else gradient
+
+    def plain(tokens: Tensor, weights: Tensor, *flat: Tensor) -> Tensor:
+        parts = zip(*tf.nest.pack_sequence_as(experts, flat), static.activations, strict=True)
+        stages = [
+            Stage(kernels, biases, activation, *scale)
+            for kernels, biases, scale, activation in parts
+        ]
+        return portable.walk(tokens, Rows(weights, slots, ends), stages)
+
+    inputs = [tokens, weights, *map(tf.convert_to_tensor, tf.nest.flatten(experts))]
+    return plain(*inputs) if _is_mapped() else apply(*inputs)
+
+
+def _is_mapped() -> bool:
+    """Whether `tf.vectorized_map`, or a Jacobian, traces the call: it cannot map over these loops.
+
+    There is no public way to ask; "loop_body" is the scope that it traces in.
+    """
+    if tf.executing_eagerly():
+        return False
+    return "loop_body" in tf.compat.v1.get_default_graph().get_name_scope().split("/")
+
+
+def _unrecorded(is_under_xla: bool) -> Any:
+    """Keeps tapes from looking for gradients of XLA's loops, which have none."""
+    return record.stop_recording() if is_under_xla else nullcontext()
+
+
+def _second(
+    plain: Callable[..., Tensor],
+    cotangent: Tensor,
+    inputs: Sequence[Tensor],
+    *upstream: Tensor,
+) -> list[Tensor]:
+    """Second derivatives: those of the same sums in operations that TensorFlow differentiates."""
+    with tf.GradientTape() as outer:
+        outer.watch([cotangent, *inputs])
+        grads = _plain_gradients(plain, inputs, cotangent)
+    return _dense_gradients(outer, grads, [cotangent, *inputs], upstream)
+
+
+def _plain_gradients(
+    plain: Callable[..., Tensor], inputs: Sequence[Tensor], cotangent: Tensor
+) -> list[Tensor]:
+    with tf.GradientTape() as tape:
+        tape.watch(inputs)
+        sums = plain(*inputs)
+    return _dense_gradients(tape, sums, inputs, cotangent)
+
+
+def _dense_gradients(
+    tape: tf.GradientTape, values: Any, inputs: Sequence[Tensor], upstream: Any
+) -> list[Tensor]:
+    found = tape.gradient(values, inputs, upstream, unconnected_gradients="zero")
+    return [tf.convert_to_tensor(each) for each in found]
 
 
 def is_on_cpu(tensor: Tensor) -> bool:

@@ -202,6 +202,15 @@ def _activated(activation: Any, sums: tuple[Tensor, ...], scale: tuple[Tensor, .
 
 def _with_pullback(function: Callable[..., Tensor], *arguments: Any) -> tuple[Tensor, Any]:
     """The value of an elementwise function, and the function from its cotangent to gradients."""
+    if not tf.executing_eagerly():  # without a tape, since none may be recording
+        value = function(*arguments)
+
+        def pullback_in_graph(cotangent: Tensor) -> Any:
+            flat = tf.nest.flatten(arguments)
+            found = tf.gradients(value, flat, cotangent, unconnected_gradients="zero")
+            return tf.nest.pack_sequence_as(arguments, found)
+
+        return value, pullback_in_graph
     with tf.GradientTape() as tape:
         tape.watch(tf.nest.flatten(arguments))
         value = function(*arguments)
