@@ -49,7 +49,8 @@ class ExpertMonitor(keras.callbacks.Callback):
 
     At the end of an epoch a warning of category `ExpertAlarm` says what is wrong and what to try,
     once per layer and kind in a `fit`: dead experts, a collapse to few of them, a saturated router,
-    many drops, gates that take one expert alone.
+    many drops, gates that take one expert alone. At the start of a `fit` another one says where the
+    optimizer accumulates gradients and a router that adapts to the load does not wait for it.
 
     Args:
         every: Positive integer, the batches between two reads of the counts, which are also read
@@ -108,8 +109,25 @@ class ExpertMonitor(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: Logs | None = None) -> None:
         self._raised = set()
+        self._check_accumulation()
         paths = ((self.csv, CsvWriter), (self.json, JsonWriter), (self.log_dir, TensorBoardWriter))
         self._writers = [make(Path(path)) for path, make in paths if path is not None]
+
+    def _check_accumulation(self) -> None:
+        """Warns of routers that change at other steps than the optimizer does."""
+        optimizer = getattr(self.model, "optimizer", None)
+        steps = getattr(optimizer, "gradient_accumulation_steps", None) or 1
+        for name, layer in named_layers(self.model):
+            router = getattr(layer, "router", None)
+            every = getattr(router, "update_every", steps)
+            if every != steps:
+                warnings.warn(
+                    f"{name}: the router changes what follows the load every {every} batches, the "
+                    f"optimizer its weights every {steps}. Give `{type(router).__name__}` "
+                    f"`update_every={steps}`.",
+                    ExpertAlarm,
+                    stacklevel=2,
+                )
 
     def on_epoch_begin(self, epoch: int, logs: Logs | None = None) -> None:
         self._before = {id(layer): counts for _, layer, counts in self._read()}

@@ -9,6 +9,7 @@ from keras_moe.core import checks
 from keras_moe.core.types import Config, Shape, Tensor
 from keras_moe.routers.base import Decision, LinearRouter
 from keras_moe.routers.losses import masked_sum, token_count
+from keras_moe.routers.pending import PendingSums
 from keras_moe.routers.selection import pick, select_top_k, spread
 
 
@@ -33,6 +34,8 @@ class ReLURouter(LinearRouter):
             None for all. Defaults to `None` (the paper's).
         initial_penalty: Positive number, lambda at first. Defaults to `1e-8` (the paper's).
         rate: Number above 1, what lambda changes by. Defaults to `1.2` (the paper's).
+        update_every: Positive integer, the training batches per change of lambda: the
+            `gradient_accumulation_steps` of an optimizer that has them. Defaults to `1`.
         **kwargs: Arguments of `LinearRouter`: `losses`, `jitter`, `kernel_initializer`,
             `kernel_regularizer`, `kernel_constraint`, `seed`. The `losses` are 0 by
             default: the penalty balances.
@@ -49,6 +52,8 @@ class ReLURouter(LinearRouter):
         "global_entropy": 0.0,
     }
 
+    fixes_top_k = True
+
     def __init__(
         self,
         num_experts: int,
@@ -57,6 +62,7 @@ class ReLURouter(LinearRouter):
         max_experts: int | None = None,
         initial_penalty: float = 1e-8,
         rate: float = 1.2,
+        update_every: int = 1,
         **kwargs: Any,
     ) -> None:
         aim = checks.positive_int("top_k", top_k)
@@ -67,6 +73,7 @@ class ReLURouter(LinearRouter):
         self.rate = checks.positive("rate", rate)
         if self.rate <= 1.0:
             checks.fail("`rate` must be a number above 1.", rate=rate)
+        self.update_every = checks.positive_int("update_every", update_every)
         self.loss_weights = {**self.loss_weights, "l1": 1.0}  # lambda is its coefficient
 
     def build(self, input_shape: Shape) -> None:
@@ -79,6 +86,7 @@ class ReLURouter(LinearRouter):
             trainable=False,
             autocast=False,
         )
+        self._pending = PendingSums(self, 1, self.update_every)
 
     def decide(self, inputs: Tensor, mask: Tensor | None, training: bool | None) -> Decision:
         logits = self.logits(inputs)
@@ -93,8 +101,9 @@ class ReLURouter(LinearRouter):
         penalty = self.penalty * 1.0  # a copy: torch differentiates with it after it has changed
         l1 = penalty * ops.sum(fractions * masked_sum(gates, mask)) / count
         if training and self.trainable:
-            is_above = ops.sign(ops.sum(load) - self.target_experts * count)
-            self.penalty.assign(penalty * ops.power(self.rate, is_above))
+            excess = ops.sum(load) - self.target_experts * count  # over the assignments aimed for
+            sums, is_due = self._pending.add(ops.reshape(excess, (1,)))
+            self.penalty.assign(penalty * ops.power(self.rate, is_due * ops.sign(sums[0])))
         return Decision(
             experts,
             weights,
@@ -111,4 +120,5 @@ class ReLURouter(LinearRouter):
             "max_experts": self.top_k,
             "initial_penalty": self.initial_penalty,
             "rate": self.rate,
+            "update_every": self.update_every,
         }

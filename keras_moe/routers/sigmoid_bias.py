@@ -8,6 +8,7 @@ from keras import ops
 from keras_moe.core import checks
 from keras_moe.core.records import Routing
 from keras_moe.core.types import Config, Shape, Tensor
+from keras_moe.routers.pending import PendingSums
 from keras_moe.routers.selection import select_top_k
 from keras_moe.routers.top_k import TopKRouter
 
@@ -20,9 +21,9 @@ class SigmoidBiasRouter(TopKRouter):
 
     s = sigmoid(x W); experts = the k largest s + bias; weight_j = routed_scale * s_j / sum of the k
     chosen s. With k = 1 the weight is routed_scale * s, or the router would get no gradient. After
-    each training batch bias += bias_update_rate * sign(mean load - load): an expert that had more
-    than its share becomes less attractive to the next batch. The bias is a float32 weight that no
-    optimizer sees and that is saved with the model.
+    each training batch, or every few, bias += bias_update_rate * sign(mean load - load): an expert
+    that had more than its share becomes less attractive to the next batch. The bias is a float32
+    weight that no optimizer sees and that is saved with the model.
 
     With `num_groups`, experts fall in groups of equal size, in order; a token may only choose from
     the `top_groups` groups whose two best s + bias are the largest.
@@ -30,8 +31,10 @@ class SigmoidBiasRouter(TopKRouter):
     Args:
         num_experts: Positive integer, the number of experts E.
         top_k: Integer between 1 and `num_experts`. Defaults to `2`; DeepSeek-V3 has 8 of 256.
-        bias_update_rate: Number of at least 0, what the bias changes by per batch. Defaults to
-            `0.001` (DeepSeek-V3's).
+        bias_update_rate: Number of at least 0, what the bias changes by. Defaults to `0.001`
+            (DeepSeek-V3's).
+        update_every: Positive integer, the training batches whose load makes one change of the
+            bias: the `gradient_accumulation_steps` of an optimizer that has them. Defaults to `1`.
         routed_scale: Positive number, what the weights sum to. Defaults to `1.0`; DeepSeek-V3 has
             2.5.
         num_groups: Positive integer that divides `num_experts`. Defaults to `1`; DeepSeek-V3 has 8.
@@ -68,6 +71,7 @@ class SigmoidBiasRouter(TopKRouter):
         top_k: int = 2,
         *,
         bias_update_rate: float = 0.001,
+        update_every: int = 1,
         routed_scale: float = 1.0,
         num_groups: int = 1,
         top_groups: int | None = None,
@@ -77,6 +81,7 @@ class SigmoidBiasRouter(TopKRouter):
     ) -> None:
         super().__init__(num_experts, top_k, normalize=normalize, score=score, **kwargs)
         self.bias_update_rate = checks.non_negative("bias_update_rate", bias_update_rate)
+        self.update_every = checks.positive_int("update_every", update_every)
         self.routed_scale = checks.positive("routed_scale", routed_scale)
         self.num_groups = checks.positive_int("num_groups", num_groups)
         if self.num_experts % self.num_groups:
@@ -105,11 +110,13 @@ class SigmoidBiasRouter(TopKRouter):
             trainable=False,
             autocast=False,
         )
+        self._pending = PendingSums(self, self.num_experts, self.update_every)
 
     def adapt(self, routing: Routing) -> None:
         if self.trainable and self.bias_update_rate:
-            is_short = ops.sign(ops.mean(routing.load) - routing.load)
-            self.bias.assign(self.bias + self.bias_update_rate * is_short)
+            load, is_due = self._pending.add(routing.load)
+            is_short = ops.sign(ops.mean(load) - load)
+            self.bias.assign(self.bias + self.bias_update_rate * is_due * is_short)
 
     def choose(self, logits: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
         experts, weights = super().choose(logits, probabilities)
@@ -134,6 +141,7 @@ class SigmoidBiasRouter(TopKRouter):
         return {
             **super().get_config(),
             "bias_update_rate": self.bias_update_rate,
+            "update_every": self.update_every,
             "routed_scale": self.routed_scale,
             "num_groups": self.num_groups,
             "top_groups": self.top_groups,
