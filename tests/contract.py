@@ -148,7 +148,8 @@ def check_keras_layer_test(case: Case) -> None:
         init_kwargs=case.arguments,
         input_shape=(2, 3, D),
         expected_num_trainable_weights=case.trainable,
-        expected_num_non_trainable_weights=case.non_trainable,
+        # The coefficients of losses are one weight more.
+        expected_num_non_trainable_weights=case.non_trainable + (case.losses > 0),
         expected_num_seed_generators=case.seeds,
         expected_num_losses=case.losses,
         supports_masking=True,

@@ -31,6 +31,14 @@ class Routing(NamedTuple):
     load: Tensor
     losses: dict[str, Tensor]
 
+    def by_token(self) -> dict[str, Tensor]:
+        """The fields that have the axes of the tokens, for the outputs of a model.
+
+        `predict` joins its batches along their first axis, which `load` and `losses` have not.
+        """
+        named = self._asdict()
+        return {name: named[name] for name in ("experts", "weights", "kept", "asked", "logits")}
+
 
 class SoftRouting(NamedTuple):
     """The mixing weights of `SoftMoE`, `(batch, tokens, E, P)` each, all float32.

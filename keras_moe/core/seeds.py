@@ -6,10 +6,12 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_moe.core.arguments import KeepsArguments
+
 _KEY = "seed_generator_state"
 
 
-class SavesSeed(keras.layers.Layer):
+class SavesSeed(KeepsArguments):
     """Base of layers that draw from their own `seed_generator`, or None.
 
     Keras saves weights and no random states: a loaded model would draw its first numbers again. A

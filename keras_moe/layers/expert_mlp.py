@@ -113,11 +113,11 @@ class ExpertMLP(SavesSeed):
     ) -> None:
         super().__init__(name=name_or_default(name, "expert_mlp"), **kwargs)
         self.num_experts = checks.positive_int("num_experts", num_experts)
-        self.units = _checked_widths(units)
+        self._units = _checked_widths(units)
         self.activation = keras.activations.get(activation)
         self.gated = bool(gated)
         self.activate_last = bool(activate_last)
-        self._num_activated = len(self.units) - (not activate_last)
+        self._num_activated = len(self._units) - (not activate_last)
         self.dropout = checks.rate("dropout", dropout)
         self.use_bias = bool(use_bias)
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
@@ -130,6 +130,11 @@ class ExpertMLP(SavesSeed):
         self.seed_generator = keras.random.SeedGenerator(seed) if self.dropout else None
         # Not where the activation is a layer, with weights of its own.
         self.takes_rows = not isinstance(self.activation, keras.layers.Layer)
+
+    @property
+    def units(self) -> tuple[int | None, ...]:
+        """The output width of each layer; None as the last one for the inputs' width."""
+        return self._units
 
     def build(self, input_shape: Shape) -> None:
         width = checks.token_shape("ExpertMLP", tuple(input_shape), min_rank=3)

@@ -4,10 +4,11 @@ from typing import Any
 
 import keras
 
+from keras_moe.core.arguments import KeepsArguments
 from keras_moe.core.types import Config
 
 
-class FreezesParts(keras.layers.Layer):
+class FreezesParts(KeepsArguments):
     """Base of layers whose parts are frozen with them, or alone, before and after saving.
 
     Keras freezes the sublayers that a layer has when `trainable` is set, and no config says which

@@ -7,6 +7,7 @@ import keras
 from keras import ops
 
 from keras_moe.core import checks
+from keras_moe.core.arguments import KeepsArguments
 from keras_moe.core.initializers import reseeded_config
 from keras_moe.core.types import Config, Shape, Tensor
 from keras_moe.dispatch import backend
@@ -19,7 +20,7 @@ _DRAWS_PER_BLOCK = 64
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
-class LayerExperts(keras.layers.Layer):
+class LayerExperts(KeepsArguments):
     """A bank of E separate Keras layers, each applied to its own rows `(rows, d)`.
 
     The general and slower path: E small calls instead of one batched matmul. An expert must treat

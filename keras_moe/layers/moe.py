@@ -32,6 +32,7 @@ from keras_moe.layers.counts import RoutingCounts, check_built
 from keras_moe.layers.expert_mlp import ExpertMLP
 from keras_moe.layers.feed_forward import ExpertFeedForward
 from keras_moe.layers.freezing import freeze_parts
+from keras_moe.layers.losses import AddsRouterLosses
 from keras_moe.layers.sublayers import adopt, build_once, check_free, config_of, name_or_default
 from keras_moe.layers.tokens import (
     flat_mask,
@@ -47,7 +48,7 @@ _GROUPS = ("batch", "example")
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
-class MoE(ExpertFeedForward):
+class MoE(AddsRouterLosses, ExpertFeedForward):
     """Sends each token to k of E expert networks and sums their weighted outputs.
 
     y[n] = sum_j weights[n,j] * expert_{experts[n,j]}(x[n])  (+ sum of shared experts)
@@ -259,7 +260,6 @@ class MoE(ExpertFeedForward):
             eval_capacity_factor=self.eval_capacity_factor,
             seed=self.seed,
         )
-        self.top_k = router.top_k
         factors = [f for f in (self.capacity_factor, self.eval_capacity_factor) if f is not None]
         if router.chooses_all and min(factors, default=1.0) < 1.0:
             checks.fail(
@@ -304,9 +304,10 @@ class MoE(ExpertFeedForward):
         self._build_experts(width)
         if self.shared_experts is not None:
             hidden, _ = self.shared_experts.units
-            self.shared_experts.units = (hidden, self._output_width(width))
+            self.shared_experts._units = (hidden, self._output_width(width))
             self.shared_experts.build((1, None, width))
         self._counts = RoutingCounts(self, self.num_experts)
+        self._build_losses()
 
     # === The forward pass ===
 
@@ -382,15 +383,6 @@ class MoE(ExpertFeedForward):
         decision = self.router(tokens, mask=mask, training=training, **more)
         return decision, decision
 
-    def _add_losses(self, decision: Routing) -> None:
-        """Adds the router's losses, times their coefficients, to the model's."""
-        if not self.router.trainable:  # Keras drops regularizers of frozen weights too
-            return
-        for name, weight in self.router.loss_weights.items():
-            if weight:
-                # In the dtype of the model's loss, to which TensorFlow adds no other.
-                self.add_loss(ops.cast(weight * decision.losses[name], keras.config.floatx()))
-
     def _run_experts(
         self, tokens: Tensor, routing: Routing, axes: Axes, training: bool | None
     ) -> tuple[Tensor, Tensor]:
@@ -442,17 +434,20 @@ class MoE(ExpertFeedForward):
             logits=ops.reshape(routing.logits, (*axes, self.num_experts)),
         )
 
-    # === What is seen ===
+    # === What is seen, and what may change ===
 
     @property
-    def balance_weight(self) -> float:
-        """The coefficient of the balance loss, 0 where the router has none."""
-        return float(self.router.loss_weights.get("balance", 0.0))
+    def top_k(self) -> int:
+        """Experts per token. Fewer than the layer was made with may be set, as for inference.
 
-    @property
-    def z_loss_weight(self) -> float:
-        """The coefficient of the router z-loss, 0 where the router has none."""
-        return float(self.router.loss_weights.get("z_loss", 0.0))
+        A compiled function keeps what it was compiled with: compile the model again. A saved model
+        has the number that the layer was made with.
+        """
+        return int(self.router.top_k)
+
+    @top_k.setter
+    def top_k(self, top_k: int) -> None:
+        self.router.top_k = top_k
 
     def running_counts(self) -> dict[str, Any]:
         """Reads what was counted in training since the last reset.

@@ -89,5 +89,10 @@ class SwitchFFN(MoE):
     def get_config(self) -> Config:
         config = super().get_config()
         del config["top_k"], config["router"]
-        weights = {"balance_weight": self.balance_weight, "z_loss_weight": self.z_loss_weight}
-        return {**config, **weights, "jitter": self.jitter}
+        losses = self.router.loss_weights
+        return {
+            **config,
+            "balance_weight": losses["balance"],
+            "z_loss_weight": losses["z_loss"],
+            "jitter": self.jitter,
+        }

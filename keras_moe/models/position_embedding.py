@@ -6,11 +6,12 @@ import keras
 from keras import ops
 
 from keras_moe.core import checks
+from keras_moe.core.arguments import KeepsArguments
 from keras_moe.core.types import Config, InitializerLike, Shape, Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
-class PositionEmbedding(keras.layers.Layer):
+class PositionEmbedding(KeepsArguments):
     """Adds a learned vector at each position of a sequence.
 
     y[b,n,:] = x[b,n,:] + positions[max(n - start[b], 0),:]

@@ -101,6 +101,7 @@ class Router(SavesSeed):
     chooses_tokens = False  # experts choose tokens, up to their capacity, and not the other way
     has_capacity = False  # of its own: it drops what finds no place
     serves_best_first = False  # slots go to tokens in the order of their largest weight
+    fixes_top_k = False  # it cannot be changed later
     needs_token_ids = False  # `decide` takes `token_ids`, int32 `(N,)`
 
     def __init__(
@@ -116,8 +117,9 @@ class Router(SavesSeed):
         kwargs["dtype"] = "float32"  # bfloat16 logits change the choice of 1 to 5 % of tokens
         super().__init__(**kwargs)
         self.num_experts = checks.positive_int("num_experts", num_experts)
-        self.top_k = checks.int_between("top_k", top_k, 1, self.num_experts, "num_experts")
-        self.experts_per_token = self.top_k  # that are computed, on average
+        self._top_k = checks.int_between("top_k", top_k, 1, self.num_experts, "num_experts")
+        self.largest_top_k = self._top_k  # what the router was made with
+        self.experts_per_token = self._top_k  # that are computed, on average
         self.loss_weights = self._coefficients(losses)
         self.seed = checks.optional(checks.integer, "seed", seed)
         self.seed_generator = keras.random.SeedGenerator(seed) if self.draws_noise else None
@@ -137,6 +139,26 @@ class Router(SavesSeed):
             for name, default in self.LOSSES.items()
         }
         return {name: w for name, w in weights.items() if w or name not in _ONLY_WHERE_ON}
+
+    @property
+    def top_k(self) -> int:
+        """Experts per token. Fewer than the router was made with may be set, as for inference.
+
+        A compiled function keeps what it was compiled with: compile the model again. A saved model
+        has the number that the router was made with.
+        """
+        return self._top_k
+
+    @top_k.setter
+    def top_k(self, top_k: int) -> None:
+        if self.fixes_top_k:
+            raise AttributeError(
+                f"`top_k` of `{type(self).__name__}` is fixed by its rule, or by a weight. "
+                f"Received: top_k={top_k!r}"
+            )
+        most = self.largest_top_k
+        self._top_k = checks.int_between("top_k", top_k, 1, most, "top_k of the constructor")
+        self.experts_per_token = self._top_k
 
     def reported_losses(self) -> tuple[str, ...]:
         """The names of `Routing.losses`: balance and z-loss always, others where they are on."""
@@ -252,7 +274,7 @@ class Router(SavesSeed):
         return {
             **config,
             "num_experts": self.num_experts,
-            "top_k": self.top_k,
+            "top_k": self.largest_top_k,
             **({"losses": losses} if losses else {}),
             "seed": self.seed,
         }

@@ -32,6 +32,7 @@ class DenseRouter(LinearRouter):
     }
 
     chooses_all = True
+    fixes_top_k = True
 
     def __init__(self, num_experts: int, **kwargs: Any) -> None:
         refuse_top_k(type(self), kwargs)

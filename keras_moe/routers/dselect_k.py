@@ -57,6 +57,8 @@ class DSelectKRouter(LinearRouter):
         "entropy": 1e-6,
     }
 
+    fixes_top_k = True
+
     def __init__(
         self,
         num_experts: int,

@@ -43,6 +43,7 @@ class ExpertChoiceRouter(LinearRouter):
         "global_entropy": 0.0,
     }
     chooses_tokens = True
+    fixes_top_k = True
 
     def __init__(self, num_experts: int, top_k: int = 2, **kwargs: Any) -> None:
         super().__init__(num_experts, num_experts, **kwargs)

@@ -92,6 +92,7 @@ class UniformRouter(FixedRouter):
     """
 
     chooses_all = True
+    fixes_top_k = True
 
     def __init__(self, num_experts: int, **kwargs: Any) -> None:
         refuse_arguments_of_others(type(self), kwargs)

@@ -79,7 +79,7 @@ class NoisyTopKRouter(NoisyRouter):
         ranked = select_top_k(noisy, min(self.top_k + 1, self.num_experts))
         experts = ranked[:, : self.top_k]
         values = pick(noisy, ranked)
-        if self.top_k > 1:
+        if self.largest_top_k > 1:
             weights = softmax(values[:, : self.top_k])
         else:
             weights = pick(softmax(noisy), experts)

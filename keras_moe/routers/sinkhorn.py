@@ -64,7 +64,7 @@ class SinkhornRouter(LinearRouter):
         scores = self._balanced(logits, mask) if training else logits
         experts = select_top_k(scores, self.top_k)
         probabilities = self.probabilities(logits)
-        values = ops.sigmoid(logits) if self.top_k == 1 else probabilities
+        values = ops.sigmoid(logits) if self.largest_top_k == 1 else probabilities
         weights = pick(values, experts)
         return Decision(experts, weights, logits, probabilities)
 

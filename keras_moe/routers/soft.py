@@ -6,6 +6,7 @@ import keras
 from keras import ops
 
 from keras_moe.core import checks
+from keras_moe.core.arguments import KeepsArguments
 from keras_moe.core.initializers import FiniteInitializer
 from keras_moe.core.numerics import as_float, softmax
 from keras_moe.core.records import SoftRouting
@@ -23,7 +24,7 @@ _MIXINGS = {
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
-class SoftRouter(keras.layers.Layer):
+class SoftRouter(KeepsArguments):
     """Scores every token against every slot, normalised, in float32.
 
     logits[b,n,e,p] = scale * l2norm(x[b,n,:]) . l2norm(phi[:,e,p])

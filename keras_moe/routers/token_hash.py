@@ -48,6 +48,7 @@ class TokenHashRouter(FixedRouter):
         assignment).
     """
 
+    fixes_top_k = True
     needs_token_ids = True
 
     def __init__(

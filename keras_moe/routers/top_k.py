@@ -71,7 +71,7 @@ class TopKRouter(LinearRouter):
 
     def _weights(self, scores: Tensor, experts: Tensor) -> Tensor:
         weights = pick(scores, experts)
-        return scaled_to_one(weights) if self.normalize and self.top_k > 1 else weights
+        return scaled_to_one(weights) if self.normalize and self.largest_top_k > 1 else weights
 
     def _ranked_by(self, logits: Tensor, scores: Tensor) -> Tensor:
         """Numbers that the k largest are taken of: logits, since scores may round to ties."""

@@ -72,6 +72,8 @@ def weights_of(name):
     for weight in layer.weights:
         path = re.sub(r"expert_\d", "expert_i", weight.path.partition("/")[2])
         axes = ", ".join(AXES.get(size, str(size)) for size in weight.shape)
+        if path == "loss_weights":  # as many as are on
+            axes = "losses"
         if name not in ROUTERS or path.startswith("router/"):
             written[weight.trainable].add(f"{path} ({axes})")
     return written[True], written[False]

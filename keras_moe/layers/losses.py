@@ -1,0 +1,127 @@
+"""The losses of a layer's router: those of each call, times coefficients that may change."""
+
+import weakref
+from typing import Any
+
+import keras
+from keras import ops
+from keras.src.backend import get_stateless_scope, in_stateless_scope
+
+from keras_moe.core import checks
+from keras_moe.core.records import Routing
+from keras_moe.routers import Router
+
+
+class AddsRouterLosses(keras.layers.Layer):
+    """Base of layers that add the losses of their router to the model's.
+
+    The coefficients are a weight, `loss_weights (losses,)`, which a compiled training step reads
+    anew each time. It is not saved: a loaded layer has the coefficients that it was made with.
+    """
+
+    router: Router
+    _loss_weights: Any = None
+    _losses_scope: Any = None
+
+    def _build_losses(self) -> None:
+        initial = [weight for weight in self.router.loss_weights.values() if weight]
+        if initial:
+            self._loss_weights = self.add_weight(
+                name="loss_weights",
+                shape=(len(initial),),
+                initializer=lambda shape, dtype=None: ops.convert_to_tensor(initial, dtype),
+                dtype="float32",
+                trainable=False,
+                autocast=False,
+            )
+
+    def _loss_names(self) -> list[str]:
+        """The losses that are on, in the order of their coefficients."""
+        return [name for name, weight in self.router.loss_weights.items() if weight]
+
+    def _add_losses(self, decision: Routing) -> None:
+        """Adds the router's losses, times their coefficients, to the model's."""
+        if not self.router.trainable:  # Keras drops regularizers of frozen weights too
+            return
+        for index, name in enumerate(self._loss_names()):
+            loss = self._loss_weights[index] * decision.losses[name]
+            # In the dtype of the model's loss, to which TensorFlow adds no other.
+            self.add_loss(ops.cast(loss, keras.config.floatx()))
+
+    def _clear_losses(self) -> None:
+        # On JAX, Keras (3.15.1) runs a model's layers without a call context of the model: each
+        # call of a layer counts as a new step and would drop the losses of the call before.
+        scope = get_stateless_scope() if in_stateless_scope() else None
+        if scope is not None and scope.collect_losses:
+            if self._losses_scope is not None and self._losses_scope() is scope:
+                return
+            self._losses_scope = weakref.ref(scope)
+        super()._clear_losses()
+
+    @property
+    def balance_weight(self) -> float:
+        """The coefficient of the balance loss, 0 where the router has none; may be set."""
+        return self._loss_weight("balance")
+
+    @balance_weight.setter
+    def balance_weight(self, weight: float) -> None:
+        self.set_loss_weight("balance", weight)
+
+    @property
+    def z_loss_weight(self) -> float:
+        """The coefficient of the router z-loss, 0 where the router has none; may be set."""
+        return self._loss_weight("z_loss")
+
+    @z_loss_weight.setter
+    def z_loss_weight(self, weight: float) -> None:
+        self.set_loss_weight("z_loss", weight)
+
+    def _loss_weight(self, loss: str) -> float:
+        if self._loss_weights is None or loss not in self._loss_names():
+            return float(self.router.loss_weights.get(loss, 0.0))
+        return float(self._loss_weights[self._loss_names().index(loss)])
+
+    def set_loss_weight(self, loss: str, weight: float) -> None:
+        """Changes the coefficient of a loss of the built layer, also between steps of a training.
+
+        A callback sets it at the start of an epoch: on JAX, what it sets between two batches of an
+        epoch is lost.
+
+        Args:
+            loss: Name of a loss of the router, whose coefficient was above 0 when it was made.
+            weight: Number of at least 0.
+
+        Raises:
+            ValueError: on another loss, a negative weight, or a layer that is not built.
+        """
+        weight = checks.non_negative("weight", weight)
+        names = self._loss_names()
+        if loss not in names:
+            checks.fail(
+                "A loss that is to be changed must have a coefficient above 0 when the layer is "
+                f"made. Those are {names}.",
+                loss=loss,
+            )
+        if self._loss_weights is None:
+            checks.fail("A layer must be built before its losses are changed.", built=False)
+        values = [weight if name == loss else self._loss_weight(name) for name in names]
+        self._loss_weights.assign(ops.convert_to_tensor(values, "float32"))
+
+    def _place_of_loss_weights(self) -> str | None:
+        """Where Keras would save the coefficients among the layer's own variables."""
+        own = [*self._trainable_variables, *self._non_trainable_variables]
+        places = [place for place, variable in enumerate(own) if variable is self._loss_weights]
+        return str(places[0]) if places else None
+
+    def save_own_variables(self, store: Any) -> None:
+        super().save_own_variables(store)
+        place = self._place_of_loss_weights()
+        if place is not None:
+            del store[place]
+
+    def load_own_variables(self, store: Any) -> None:
+        place = self._place_of_loss_weights()
+        stored = {key: store[key] for key in store.keys()}  # noqa: SIM118
+        if place is not None:
+            stored[place] = self._loss_weights.numpy()
+        super().load_own_variables(stored)
