@@ -9,14 +9,14 @@ import keras
 import pytest
 
 import keras_moe
-from keras_moe import callbacks, dispatch, layers, models, plots, routers, tuning
+from keras_moe import callbacks, dispatch, layers, models, optimizers, plots, routers, tuning
 from keras_moe.models import features
 from tests.docs import docstrings
 from tests.docs.docstrings import UNSTATED
 
 PUBLIC = [
     getattr(module, name)
-    for module in (layers, routers, callbacks, dispatch, models, plots, tuning)
+    for module in (layers, routers, callbacks, dispatch, models, optimizers, plots, tuning)
     for name in module.__all__
 ]
 PUBLIC += [keras_moe.record_routing, keras_moe.report]
