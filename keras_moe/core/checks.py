@@ -1,6 +1,7 @@
 """Argument checks that say what is expected and what was received."""
 
 import math
+import re
 from collections.abc import Callable, Collection
 from typing import Any, NoReturn, TypeGuard, TypeVar
 
@@ -91,6 +92,17 @@ def one_of(name: str, value: object, known: Collection[str]) -> str:
     if value not in known:
         fail(f"`{name}` must be one of {sorted(known)}.", **{name: value})
     return str(value)
+
+
+def layer_name(name: str, value: object) -> str:
+    """Returns `value` if every backend takes it for the name of a layer."""
+    # TensorFlow's scopes take some of ASCII alone, PyTorch's modules no dot, and Keras no slash.
+    if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", value):
+        fail(
+            f"`{name}` must be a non-empty string of letters from a to z, digits, `_` and `-`.",
+            **{name: value},
+        )
+    return value
 
 
 def keras_layer(name: str, value: object) -> keras.layers.Layer:

@@ -24,15 +24,14 @@ class Feature:
     """A named input of a model, and the vector that the model makes of it.
 
     Args:
-        name: Name of the input, the key in the dict that the model is called with.
+        name: Name of the input, the key in the dict that the model is called with: letters from a
+            to z, digits, `_` and `-`.
     """
 
     name: str
 
     def __post_init__(self) -> None:
-        # Keras layers, which carry this name, refuse the slash.
-        if not isinstance(self.name, str) or not self.name or "/" in self.name:
-            checks.fail("`name` must be a non-empty string without slashes.", name=self.name)
+        checks.layer_name("name", self.name)
 
     def _set_size(self, name: str) -> None:
         """Checks a size and keeps it as an `int`: Keras's layers refuse NumPy's integers."""

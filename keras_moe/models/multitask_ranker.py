@@ -2,6 +2,7 @@
 
 import bisect
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -49,7 +50,8 @@ def multitask_ranker(
         features: Sequence of `keras_moe.models.features` records: `Categorical`, `History`,
             `MultiHot`, `Numeric`.
         tasks: Dict of task names to kinds: `"binary"`, a probability by a sigmoid, or
-            `"regression"`, a number.
+            `"regression"`, a number. Layers carry the names: letters from a to z, digits, `_` and
+            `-`.
         trunk: `"mmoe"`, experts mixed by one gate per task, or `"shared_bottom"`, the baseline: as
             many hidden layers as an expert has, read by all towers, of such a width that the model
             has as many parameters as with `"mmoe"`. Defaults to `"mmoe"`.
@@ -82,8 +84,9 @@ def multitask_ranker(
         predictions by task. The mixture is its layer `mmoe`; `task_gates` shows its gates.
 
     Raises:
-        ValueError: on names that repeat or are unknown, an unknown task kind or trunk, vectors of
-            an interaction that differ in width, or sizes that are not positive.
+        ValueError: on names that repeat, are unknown or that a backend refuses, names that give two
+            layers one name, an unknown task kind or trunk, vectors of an interaction that differ in
+            width, or sizes that are not positive.
 
     Example:
 
@@ -148,6 +151,7 @@ def multitask_ranker(
         task: _prediction(task, kind, mixed[task], tower_widths, starts[task], make)
         for task, kind in tasks.items()
     }
+    _check_layer_names(outputs)
     return MaskedModel(inputs, outputs, name=name or trunk)
 
 
@@ -250,6 +254,28 @@ def _concatenate(vectors: list[Tensor]) -> Tensor:
     return layers.Concatenate(name="features")(vectors) if len(vectors) > 1 else vectors[0]
 
 
+def _check_layer_names(outputs: Mapping[str, Tensor]) -> None:
+    """Fails where two layers of the model have one name, by which Keras saves them."""
+    operations: dict[int, keras.Operation] = {}
+    seen: set[tuple[int, int]] = set()
+    tensors = list(outputs.values())
+    while tensors:
+        operation, call, _ = tensors.pop()._keras_history
+        operations[id(operation)] = operation
+        if (id(operation), call) not in seen:
+            seen.add((id(operation), call))
+            tensors += operation._inbound_nodes[call].input_tensors
+    names = Counter(operation.name for operation in operations.values())
+    repeated = sorted(name for name, count in names.items() if count > 1)
+    if repeated:
+        checks.fail(
+            "`features`, `interactions` and `tasks` must give each layer a name of its own. A task "
+            "'a' names the layers 'a' and 'a_tower', a feature 'b' its input and what encodes it, "
+            "such as 'b_embedding'; 'mmoe', 'features', 'shared_hidden' and the like are taken.",
+            repeated=repeated,
+        )
+
+
 def _bottom_widths(
     width: int, num_tasks: int, num_experts: int, expert_widths: tuple[int, ...], read_by: int
 ) -> tuple[int, ...]:
@@ -312,8 +338,7 @@ def _checked_tasks(tasks: Any, features: Sequence[Feature]) -> dict[str, str]:
     if not isinstance(tasks, Mapping) or not tasks:
         checks.fail(f"`tasks` must be a dict of names to kinds, of {kinds}.", tasks=tasks)
     for task, kind in tasks.items():
-        if not isinstance(task, str) or not task or "/" in task:
-            checks.fail("`tasks` must have non-empty names without slashes.", task=task)
+        checks.layer_name("task", task)
         if kind not in kinds:
             checks.fail(f"`tasks` must be of one of the kinds {kinds}.", **{task: kind})
     shared = sorted(set(tasks) & {feature.name for feature in features})
