@@ -11,9 +11,9 @@ from keras_moe.callbacks.writers import CsvWriter, JsonWriter, TensorBoardWriter
 from keras_moe.core import checks
 from keras_moe.core.types import Config, Logs
 from keras_moe.inspection.alarms import ExpertAlarm, alarms
-from keras_moe.inspection.health import BY_DEFAULT, NAMES, Counts, difference
+from keras_moe.inspection.health import BY_DEFAULT, NAMES, Counts, difference, have_dropped
 from keras_moe.inspection.layer_numbers import layer_numbers
-from keras_moe.inspection.mixtures import named_layers
+from keras_moe.inspection.mixtures import named_layers, sync_state
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -169,9 +169,13 @@ class ExpertMonitor(keras.callbacks.Callback):
     def _new(self) -> list[tuple[str, keras.layers.Layer, Counts]]:
         """By layer, what was counted in this epoch."""
         before = self._before  # lacks the layers that TensorFlow's first step builds
+        read = self._read()
+        for _, layer, now in read:
+            if id(layer) in before and have_dropped(now, before[id(layer)]):
+                del before[id(layer)]  # weights were restored, or counts reset: they start anew
         return [
             (name, layer, difference(now, before[id(layer)]) if id(layer) in before else now)
-            for name, layer, now in self._read()
+            for name, layer, now in read
         ]
 
     @staticmethod
@@ -185,8 +189,7 @@ class ExpertMonitor(keras.callbacks.Callback):
         }
 
     def _read(self) -> list[tuple[str, keras.layers.Layer, Counts]]:
-        # The JAX trainer keeps the state outside of the variables until it is asked for.
-        getattr(self.model, "jax_state_sync", _nothing)()
+        sync_state(self.model)
         return [(name, layer, layer.running_counts()) for name, layer in named_layers(self.model)]
 
     def get_config(self) -> Config:
@@ -204,7 +207,3 @@ def _metric_names(metrics: str | Sequence[str] | None) -> tuple[str, ...]:
         return BY_DEFAULT if metrics is None else NAMES
     names = (metrics,) if isinstance(metrics, str) else tuple(metrics)
     return tuple(checks.one_of("metrics", name, NAMES) for name in names)
-
-
-def _nothing() -> None:
-    """Does nothing, for trainers without a state to copy back."""

@@ -102,5 +102,12 @@ def dead_experts(amounts: Array) -> list[int]:
 
 
 def difference(now: Counts, before: Counts) -> Counts:
-    """What was counted between two reads."""
+    """What was counted between two reads; all of `now` where counts were reset in between."""
+    if have_dropped(now, before):
+        return now
     return {name: np.asarray(now[name] - before[name]) for name in now}
+
+
+def have_dropped(now: Counts, before: Counts) -> bool:
+    """Whether counts, which only grow, are those of other weights, or were reset."""
+    return any(bool(np.any(now[name] < before[name])) for name in now)

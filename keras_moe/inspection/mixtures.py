@@ -45,6 +45,11 @@ def named_layers(model: keras.layers.Layer) -> list[tuple[str, keras.layers.Laye
     return unique_names(mixture_layers(model))
 
 
+def sync_state(model: keras.layers.Layer) -> None:
+    """Lets the model's variables hold its state, which JAX's `fit` keeps elsewhere meanwhile."""
+    getattr(model, "jax_state_sync", lambda: None)()
+
+
 def one_layer(
     model: keras.layers.Layer, by_layer: dict[str, T], layer: str | None, kind: str
 ) -> tuple[str, T]:

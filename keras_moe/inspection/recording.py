@@ -2,14 +2,15 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import keras
 from keras import ops
 
 from keras_moe.core import checks
-from keras_moe.inspection.health import Counts
-from keras_moe.inspection.mixtures import named_layers
+from keras_moe.inspection.health import Counts, difference
+from keras_moe.inspection.mixtures import named_layers, sync_state
 
 
 @contextmanager
@@ -17,7 +18,7 @@ def record_routing(model: keras.layers.Layer) -> Iterator[dict[str, list[Any]]]:
     """Collects what every mixture layer of a model decides, in the calls inside the context.
 
     Call the model itself, which is eager: `predict` and `fit` compile it, and what they decide
-    cannot be read.
+    cannot be read. The context says so at its end.
 
     Args:
         model: A built model of any kind, or a layer.
@@ -29,8 +30,8 @@ def record_routing(model: keras.layers.Layer) -> Iterator[dict[str, list[Any]]]:
         two records per call of the model.
 
     Raises:
-        ValueError: where the model is none, has no mixture layer that is built, or is called
-            compiled.
+        ValueError: where the model is none or has no mixture layer that is built; at the end of the
+            context, where the model was called compiled, or no mixture was called.
 
     Example:
 
@@ -43,12 +44,63 @@ def record_routing(model: keras.layers.Layer) -> Iterator[dict[str, list[Any]]]:
     >>> records["moe"][0].experts.shape
     (6, 2)
     """
-    named = _named_mixtures(model)
-    records: dict[str, list[Any]] = {name: [] for name, _ in named}
-    with ExitStack() as restored:
+    records: dict[str, list[Any]] = {}
+    unread: list[str] = []
+    with _watching(model) as (named, restored):
         for name, layer in named:
-            restored.enter_context(listening(layer, _appender(records[name])))
-        yield records
+            records[name] = []
+            restored.enter_context(listening(layer, _appender(records[name], unread)))
+        try:
+            yield records
+        except Exception as error:
+            if unread:  # which the error may come from
+                raise _not_eager(unread) from error
+            raise
+        if unread or not any(records.values()):
+            raise _not_eager(unread)
+
+
+@contextmanager
+def _watching(
+    model: keras.layers.Layer,
+) -> Iterator[tuple[list[tuple[str, keras.layers.Layer]], ExitStack]]:
+    """Gives the mixtures by name, and a stack for what is undone at the end.
+
+    Inside, `predict`, `evaluate` and `fit` compile programs of their own: those compiled before see
+    nothing of the context, and those compiled inside must not outlive it.
+    """
+    named = named_layers(model)
+    if not named:
+        checks.fail(
+            "`model` must have a mixture layer that is built: call it once.", model=model.name
+        )
+    sync_state(model)
+    with ExitStack() as restored:
+        for trainer in model._flatten_layers():
+            if isinstance(trainer, keras.Model):
+                restored.enter_context(_compiling_anew(trainer))
+        yield named, restored
+
+
+@contextmanager
+def _compiling_anew(trainer: Any) -> Iterator[None]:
+    """Takes a model's programs away, and gives them back at the end."""
+    programs = {
+        name: getattr(trainer, name)
+        for name in ("train_function", "test_function", "predict_function")
+    }
+    # JAX knows a method that it has compiled, and a new function not.
+    steps = {name: partial(getattr(trainer, name)) for name in ("train_step", "test_step")}
+    own = {name: vars(trainer)[name] for name in steps if name in vars(trainer)}
+    for name, value in {**dict.fromkeys(programs), **steps}.items():
+        setattr(trainer, name, value)
+    try:
+        yield
+    finally:
+        for name in steps:
+            delattr(trainer, name)
+        for name, value in {**programs, **own}.items():
+            setattr(trainer, name, value)
 
 
 @contextmanager
@@ -83,15 +135,22 @@ def count_routing(model: keras.layers.Layer) -> Iterator[dict[str, Counts]]:
         ValueError: where the model is none, or has no mixture layer that is built.
     """
     counts: dict[str, Counts] = {}
-    with ExitStack() as restored:
+    called: list[Any] = []
+    with _watching(model) as (named, restored):
         counting = [
-            (name, layer, restored.enter_context(_counting(layer)))
-            for name, layer in _named_mixtures(model)
+            (name, layer, restored.enter_context(_counting(layer))) for name, layer in named
         ]
+        for _, layer in named:
+            restored.enter_context(listening(layer, called.append))
         yield counts
+        if not called:
+            checks.fail(
+                "`count_routing` counts the calls inside of it: call the model there, and not by a "
+                "function that was compiled before.",
+                calls=0,
+            )
         for name, layer, before in counting:
-            now = layer.running_counts()
-            counts[name] = {key: value - before[key] for key, value in now.items()}
+            counts[name] = difference(layer.running_counts(), before)
 
 
 @contextmanager
@@ -114,24 +173,20 @@ def _counting(layer: keras.layers.Layer) -> Iterator[Counts]:
             variable.assign(value)
 
 
-def _named_mixtures(model: keras.layers.Layer) -> list[tuple[str, keras.layers.Layer]]:
-    named = named_layers(model)
-    if not named:
-        checks.fail(
-            "`model` must have a mixture layer that is built: call it once.", model=model.name
-        )
-    return named
-
-
-def _appender(records: list[Any]) -> Callable[[Any], None]:
+def _appender(records: list[Any], unread: list[str]) -> Callable[[Any], None]:
     def append(record: Any) -> None:
         try:
             records.append(keras.tree.map_structure(ops.convert_to_numpy, record))
         except Exception as error:  # a tracer of jit, or a tensor of a graph
-            raise ValueError(
-                "`record_routing` reads what an eager call decides: call `model(x)`, not "
-                "`predict` or `fit`; and not where the backend compiles a part of that call, as "
-                f"JAX does an RNN and `keras.remat`. Received: {type(error).__name__}"
-            ) from error
+            # Raised at the end: JAX's `fit` and `predict` would leave a model without its weights.
+            unread.append(type(error).__name__)
 
     return append
+
+
+def _not_eager(unread: list[str]) -> ValueError:
+    return ValueError(
+        "`record_routing` reads what an eager call decides: call `model(x)` inside of it, not "
+        "`predict` or `fit`, and not where the backend compiles a part of that call, as JAX does "
+        f"an RNN and `keras.remat`. Received: {unread[0] if unread else 'no call of a mixture'}"
+    )
