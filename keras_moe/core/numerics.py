@@ -12,7 +12,11 @@ _LARGEST_DENOMINATOR = 10_000  # of slots per token
 
 
 def as_float(inputs: Tensor, dtype: str) -> Tensor:
-    """Casts integers and bools to a dtype of floats, as `Dense` does. Floats stay as they are."""
+    """Casts integers and bools to a dtype of floats, as `Dense` does. Floats stay as they are.
+
+    Sparse tensors become dense ones: tokens that are moved, masked and mixed.
+    """
+    inputs = ops.convert_to_tensor(inputs, sparse=False)
     is_float = keras.backend.is_float_dtype(keras.backend.standardize_dtype(inputs.dtype))
     return inputs if is_float else ops.cast(inputs, dtype)
 

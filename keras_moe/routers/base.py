@@ -8,7 +8,7 @@ from keras import ops
 
 from keras_moe.core import checks
 from keras_moe.core.initializers import FiniteInitializer
-from keras_moe.core.numerics import softmax
+from keras_moe.core.numerics import as_float, softmax
 from keras_moe.core.records import Routing
 from keras_moe.core.seeds import SavesSeed
 from keras_moe.core.types import (
@@ -196,6 +196,7 @@ class Router(SavesSeed):
         num_sequences: Size = 1,
         token_ids: Tensor | None = None,
     ) -> Routing:
+        inputs = as_float(inputs, self.compute_dtype)
         if training and self.jitter:
             inputs = self._jittered(inputs)
         more = {"token_ids": token_ids} if self.needs_token_ids else {}

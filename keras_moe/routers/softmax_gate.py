@@ -8,7 +8,7 @@ from keras import ops
 from keras_moe.core import checks
 from keras_moe.core.constraints import per_expert
 from keras_moe.core.initializers import PerExpertInitializer
-from keras_moe.core.numerics import softmax
+from keras_moe.core.numerics import as_float, softmax
 from keras_moe.core.records import GateRouting
 from keras_moe.core.seeds import SavesSeed
 from keras_moe.core.types import (
@@ -86,6 +86,7 @@ class SoftmaxGate(SavesSeed):
         )
 
     def call(self, inputs: Tensor, training: bool | None = None) -> GateRouting:
+        inputs = as_float(inputs, self.compute_dtype)
         if len(inputs.shape) == 2:
             width = inputs.shape[-1]
             flat = ops.reshape(ops.transpose(self.kernel, (1, 0, 2)), (width, -1))
