@@ -4,7 +4,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
+from keras.src.backend import AutocastScope
 
 from keras_moe.core import checks
 from keras_moe.core.arguments import KeepsArguments
@@ -12,11 +14,13 @@ from keras_moe.core.initializers import reseeded_config
 from keras_moe.core.types import Config, Shape, Tensor
 from keras_moe.dispatch import backend
 from keras_moe.layers.freezing import freeze_parts
+from keras_moe.layers.rematerialization import keep_from_remat
 from keras_moe.layers.sublayers import adopt, build_by_call, check_free, config_of
 
-# Draws that one block of one expert may take from a seed generator before it meets the next
-# block's; more than any reasonable number of dropout layers in one expert.
-_DRAWS_PER_BLOCK = 64
+_NUM_EXPERTS = "num_experts"  # in a file
+# How far the seeds of blocks, and those of calls, lie apart: multiples of these two fractions of
+# 2^32 meet late (Roberts 2018, "The unreasonable effectiveness of quasirandom sequences").
+_BLOCK_STEP, _CALL_STEP = np.uint32(0xC13FA9A9), np.uint32(0x91E10DA5)
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -30,9 +34,13 @@ class LayerExperts(KeepsArguments):
     dispatch, where one expert's rows come in several blocks.
 
     Args:
-        experts: A layer, copied E times with weights of its own, or a list of E layers, taken as
-            they are.
+        experts: A layer, copied E times: each copy starts with random weights of its own, also
+            where the layer is trained. Or a list of E layers, taken as they are, with their
+            weights.
         num_experts: Positive integer, the number of experts E.
+        copy_weights: Whether all copies start from the weights of the layer, which must be built:
+            sparse upcycling (Komatsuzaki et al. 2022). A stored layer has its own weights, and this
+            is False. Defaults to `False`.
 
     Call arguments:
         inputs: `(E, C, d)`, or `(1, C, d)` for rows that all experts read, or `(G, B, d)` with
@@ -44,7 +52,8 @@ class LayerExperts(KeepsArguments):
         `(E, C, out)`, or `(G, B, out)` with `block_experts`.
 
     Raises:
-        ValueError: if a list has another length than E, or something in it is not a layer.
+        ValueError: if a list has another length than E, or something in it is not a layer; if
+            `copy_weights` has no layer with weights to copy.
     """
 
     takes_dynamic_blocks = False  # XLA wants the rows of a mapped loop to be known
@@ -53,6 +62,8 @@ class LayerExperts(KeepsArguments):
         self,
         experts: keras.layers.Layer | Sequence[keras.layers.Layer],
         num_experts: int,
+        *,
+        copy_weights: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -76,6 +87,8 @@ class LayerExperts(KeepsArguments):
                 experts=experts,
             )
         check_free(*copies)
+        if copy_weights:
+            _start_from(experts, copies)
         for expert in copies:
             adopt(expert)
         self.experts = copies
@@ -89,9 +102,11 @@ class LayerExperts(KeepsArguments):
 
     def build(self, input_shape: Shape) -> None:
         row_shape = (None, *tuple(input_shape)[2:])
+        keep_from_remat(self.experts)  # the layer around the bank recomputes all of it
         for expert in self.experts:
             build_by_call(expert, row_shape)
             freeze_parts(expert)
+        keep_from_remat(self.experts)  # what they made while they were built
 
     def call(
         self,
@@ -100,7 +115,7 @@ class LayerExperts(KeepsArguments):
         training: bool | None = None,
     ) -> Tensor:
         if block_experts is not None:
-            outputs = self._call_blocks(inputs, block_experts, training)
+            outputs = self._call_blocks(inputs, block_experts)
             trained = [v.value for e in self.experts for v in e.trainable_variables]
             return backend.current.reach(outputs, trained)
         if inputs.shape[0] == 1:
@@ -112,18 +127,19 @@ class LayerExperts(KeepsArguments):
     def _call_expert(self, index: int, rows: Tensor) -> Tensor:
         return ops.cast(self.experts[index](rows), self.compute_dtype)
 
-    def _call_blocks(self, blocks: Tensor, block_experts: Tensor, training: bool | None) -> Tensor:
+    def _call_blocks(self, blocks: Tensor, block_experts: Tensor) -> Tensor:
         """Runs one expert per block: a loop over blocks with a switch over experts."""
         if blocks.shape[0] == 0:  # PyTorch maps over nothing to nothing, without a shape
             _, *rest = self.compute_output_shape(tuple(blocks.shape))
             return ops.zeros((0, *rest), dtype=self.compute_dtype)
-        states = [[(v, v.value) for v in expert.variables] for expert in self.experts]
+        with AutocastScope(None):
+            states = [[(v, v.value) for v in expert.variables] for expert in self.experts]
+        updated: set[int] = set()
 
         def branch(index: int) -> Callable[[Tensor, Tensor], Tensor]:
             def run(rows: Tensor, block: Tensor) -> Tensor:
-                # What a layer updates inside a traced loop must not leak out of it.
                 state = [(v, _state_of_block(v, value, block)) for v, value in states[index]]
-                with keras.StatelessScope(state_mapping=state):
+                with _OfBlock(state, updated):
                     return self._call_expert(index, rows)
 
             return run
@@ -134,11 +150,9 @@ class LayerExperts(KeepsArguments):
             lambda item: ops.switch(item[1], branches, item[0], item[2]),
             (blocks, block_experts, ops.arange(count, dtype="int32")),
         )
-        if training:
-            draws = ops.cast(count, "int32")
-            for variable in (v for expert in self.experts for v in expert.variables):
-                if _is_seed(variable):
-                    variable.assign(_state_of_block(variable, variable.value, draws))
+        for variable, value in (pair for state in states for pair in state):
+            if _is_seed(variable) and id(variable) in updated:
+                variable.assign(_reseeded(value, _CALL_STEP))
         return outputs
 
     def compute_output_spec(
@@ -171,7 +185,21 @@ class LayerExperts(KeepsArguments):
             **config,
             "experts": [config_of(expert) for expert in self.experts],
             "num_experts": self.num_experts,
+            "copy_weights": False,
         }
+
+    def save_own_variables(self, store: Any) -> None:
+        super().save_own_variables(store)
+        store[_NUM_EXPERTS] = np.asarray(self.num_experts)
+
+    def load_own_variables(self, store: Any) -> None:
+        # Keras would take the first experts of a file. Older files have no number.
+        saved = int(store[_NUM_EXPERTS][()]) if _NUM_EXPERTS in store.keys() else self.num_experts  # noqa: SIM118
+        if saved != self.num_experts:
+            checks.fail(
+                f"`{self.name}` must be loaded from a file with num_experts={self.num_experts}.",
+                num_experts=saved,
+            )
 
     @classmethod
     def from_config(cls, config: Config) -> "LayerExperts":
@@ -179,13 +207,52 @@ class LayerExperts(KeepsArguments):
         return cls(**{**config, "experts": experts})
 
 
+def _start_from(trained: Any, copies: list[keras.layers.Layer]) -> None:
+    """Builds the copies of a layer with its weights."""
+    shape = None
+    if isinstance(trained, keras.Model) and trained.built:
+        shape = trained.input_shape
+    elif isinstance(trained, keras.layers.Layer) and trained.built:
+        shape = (trained.get_build_config() or {}).get("input_shape")
+    if shape is None:
+        checks.fail(
+            "`copy_weights` needs `experts` to be one layer that is built: call it once.",
+            experts=trained,
+        )
+    with keras.name_scope("experts"):
+        for copy in copies:
+            build_by_call(copy, (None, shape[-1]))
+            copy.set_weights(trained.get_weights())
+
+
+class _OfBlock(keras.StatelessScope):
+    """Scope of one block: what a layer updates inside a traced loop must not leak out of it.
+
+    Args:
+        state: The variables of an expert and their values.
+        updated: What gets the ids of the variables that are updated.
+    """
+
+    def __init__(self, state: list[tuple[Any, Tensor]], updated: set[int]) -> None:
+        super().__init__(state)
+        self._updated = updated
+
+    def add_update(self, update: tuple[Any, Tensor]) -> None:
+        super().add_update(update)
+        self._updated.add(id(update[0]))
+
+
 def _is_seed(variable: Any) -> bool:
     return bool(variable.name == "seed_generator_state")
 
 
 def _state_of_block(variable: Any, value: Tensor, block: Tensor) -> Tensor:
-    """Gives every block other random numbers: a seed's state is (seed, draws so far)."""
-    if not _is_seed(variable):
-        return value
-    draws = ops.cast(block * _DRAWS_PER_BLOCK, value.dtype)
-    return value + ops.stack([ops.zeros_like(draws), draws])
+    """Gives every block a seed of its own, and so other random numbers."""
+    return _reseeded(value, _BLOCK_STEP, block + 1) if _is_seed(variable) else value
+
+
+def _reseeded(state: Tensor, step: np.uint32, times: Tensor | int = 1) -> Tensor:
+    """Moves the seed in a random state (seed, draws so far), in integers that wrap."""
+    dtype = keras.backend.standardize_dtype(state.dtype)
+    seed = ops.cast(times, dtype) * ops.convert_to_tensor(step.astype(dtype))
+    return state + ops.stack([seed, ops.zeros_like(seed)])

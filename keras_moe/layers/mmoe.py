@@ -225,10 +225,8 @@ class MMoE(FreezesParts, RematerializesExperts):
         tokens = zero_where_padded(tokens, token_mask)
         shared = ops.expand_dims(tokens, 0)  # read by every expert
 
-        run = partial(self.experts.__call__, training=training)
-        if self._recomputes_experts:
-            run = keras.remat(run)
-        expert_outputs = run(shared)  # (e, n, out)
+        # (e, n, out)
+        expert_outputs = self._call_experts(partial(self.experts, training=training), shared)
         gate_inputs = tokens if self.gate_hidden is None else self.gate_hidden(shared)
         routing = self.gates(gate_inputs, training=training)
         if training or self.counts_always:

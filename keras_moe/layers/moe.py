@@ -405,9 +405,7 @@ class MoE(AddsRouterLosses, ExpertFeedForward):
         placement = dispatcher.place(routing, self.num_experts, capacity, groups)
         # A function of numbers with gradients only, as all backends can recompute it.
         run = partial(dispatcher.run, placement=placement, experts=self.experts, training=training)
-        if self._recomputes_experts:
-            run = keras.remat(run)
-        return run(tokens, routing.weights), placement.kept
+        return self._call_experts(run, tokens, routing.weights), placement.kept
 
     def _capacity(self, axes: Axes, training: bool | None) -> Size | None:
         """C = ceil(capacity_factor k N / E), at most N since no token needs an expert twice."""

@@ -222,10 +222,7 @@ class SoftMoE(ExpertFeedForward):
         rows = ops.reshape(slots, (batch * sets, experts, per_expert, width))
         rows = ops.transpose(rows, (1, 0, 2, 3))
         rows = ops.reshape(rows, (experts, batch * sets * per_expert, slots.shape[-1]))
-        run = partial(self.experts, training=training)
-        if self._recomputes_experts:
-            run = keras.remat(run)
-        outputs = run(rows)
+        outputs = self._call_experts(partial(self.experts, training=training), rows)
         output_dim = outputs.shape[-1]
         outputs = ops.reshape(outputs, (experts, batch * sets, per_expert, output_dim))
         outputs = ops.transpose(outputs, (1, 0, 2, 3))

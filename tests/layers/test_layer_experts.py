@@ -82,6 +82,45 @@ def test_blocks_of_one_expert_get_masks_of_their_own():
     assert (dropped[:4] != dropped[4:]).any()
 
 
+class Draws(keras.layers.Layer):
+    """Gives each row numbers that were drawn one column after the other."""
+
+    def __init__(self, count=70, **kwargs):
+        super().__init__(**kwargs)
+        self.count, self.generator = count, keras.random.SeedGenerator(7)
+
+    def call(self, inputs):
+        shape = (keras.ops.shape(inputs)[0], 1)
+        draws = [keras.random.uniform(shape, seed=self.generator) for _ in range(self.count)]
+        return keras.ops.concatenate(draws, axis=-1) + 0.0 * inputs[:, :1]
+
+    def compute_output_shape(self, input_shape):
+        return (*input_shape[:-1], self.count)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_no_number_is_drawn_twice(training):
+    """However often an expert draws, in one call and the next."""
+    layer = layers.MoE(2, experts=[Draws(), Draws()], top_k=1, dispatch=PaddedBlocksDispatcher(4))
+    x = np.ones((12, D), "float32")  # three blocks of one expert
+    drawn = np.stack([arrays(run(layer, x, training=training))[0] for _ in range(3)])
+    assert len(np.unique(drawn)) > 0.99 * drawn.size  # a few of them meet by chance
+
+
+def test_float32_experts_keep_their_weights_in_mixed_precision():
+    """In blocks as with a capacity."""
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    experts = [keras.layers.Dense(D, dtype="float32") for _ in range(2)]
+    layer, x = layers.LayerExperts(experts, 2, dtype="float32"), tokens(8)
+    outer = layers.MoE(2, experts=layer, dispatch=PaddedBlocksDispatcher(4))
+    outer.build((None, D))
+    blocks = np.stack([x, x])
+    expected = arrays(layer(blocks))[0]
+    with keras.src.backend.AutocastScope("bfloat16"):
+        outputs = arrays(layer(blocks, block_experts=np.arange(2, dtype="int32")))[0]
+    np.testing.assert_allclose(outputs, expected, rtol=1e-5)
+
+
 def test_copies_start_different_even_with_a_seed():
     seeded = keras.layers.Dense(D, kernel_initializer=keras.initializers.GlorotUniform(seed=3))
     layer = layers.MoE(3, experts=seeded)
