@@ -6,12 +6,12 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_moe.core.arguments import KeepsArguments
+from keras_moe.core.loading import NamesSizes
 
 _KEY = "seed_generator_state"
 
 
-class SavesSeed(KeepsArguments):
+class SavesSeed(NamesSizes):
     """Base of layers that draw from their own `seed_generator`, or None.
 
     Keras saves weights and no random states: a loaded model would draw its first numbers again. A

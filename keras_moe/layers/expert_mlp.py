@@ -90,6 +90,12 @@ class ExpertMLP(SavesSeed):
     """
 
     takes_dynamic_blocks = True
+    AXES = (
+        ("kernel", "num_experts", "kernel input width", "units"),
+        ("gate_kernel", "num_experts", "kernel input width", "units"),
+        ("bias", "num_experts", "units"),
+        ("gate_bias", "num_experts", "units"),
+    )
 
     def __init__(
         self,

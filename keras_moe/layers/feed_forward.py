@@ -8,6 +8,7 @@ import keras
 
 from keras_moe.core import checks
 from keras_moe.core.initializers import derived_seed, reseeded
+from keras_moe.core.loading import NamesSizes
 from keras_moe.core.types import (
     Activation,
     Config,
@@ -27,7 +28,7 @@ from keras_moe.layers.sublayers import adopt, build_once, config_of
 _NAMED_EXPERTS = {"mlp": False, "glu": True}  # name -> gated
 
 
-class ExpertFeedForward(FreezesParts, RematerializesExperts):
+class ExpertFeedForward(FreezesParts, RematerializesExperts, NamesSizes):
     """Base of layers whose experts are feed-forward networks `(..., d) -> (..., output_dim)`.
 
     Args:

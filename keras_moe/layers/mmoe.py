@@ -9,6 +9,7 @@ from keras import ops
 
 from keras_moe.core import checks, numerics
 from keras_moe.core.initializers import derived_seed, reseeded
+from keras_moe.core.loading import NamesSizes
 from keras_moe.core.records import GateRouting
 from keras_moe.core.types import (
     Activation,
@@ -29,7 +30,7 @@ from keras_moe.routers.softmax_gate import SoftmaxGate
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
-class MMoE(FreezesParts, RematerializesExperts):
+class MMoE(FreezesParts, RematerializesExperts, NamesSizes):
     """Experts that all tasks share, and one gate per task that mixes them.
 
     gates[n,t,:] = softmax(x[n,:] @ kernel[t])
@@ -98,6 +99,7 @@ class MMoE(FreezesParts, RematerializesExperts):
     """
 
     parts = ("gates", "gate_hidden", "experts")
+    AXES = (("importance", "limbs", "tasks", "num_experts"),)
 
     def __init__(
         self,

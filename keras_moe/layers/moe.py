@@ -144,6 +144,7 @@ class MoE(AddsRouterLosses, ExpertFeedForward):
     """
 
     parts = ("router", "experts", "shared_experts")
+    AXES = (("load", "limbs", "num_experts"),)
 
     def __init__(
         self,

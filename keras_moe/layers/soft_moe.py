@@ -114,6 +114,7 @@ class SoftMoE(ExpertFeedForward):
     """
 
     parts = ("router", "experts")
+    AXES = (("importance", "limbs", "num_experts", "slots_per_expert"),)
 
     def __init__(
         self,

@@ -95,6 +95,15 @@ class Router(SavesSeed):
     """
 
     LOSSES: ClassVar[dict[str, float]] = {}
+    AXES = (
+        ("kernel", "input width", "num_experts"),
+        ("noise_kernel", "input width", "num_experts"),
+        ("projection", "input width", "num_experts"),
+        (
+            "bias",
+            "num_experts",
+        ),
+    )
     jitter = 0.0  # half the width of the noise that inputs are multiplied by in training
     draws_noise = False  # in training
     chooses_all = False  # every token goes to every expert

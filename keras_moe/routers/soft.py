@@ -6,8 +6,8 @@ import keras
 from keras import ops
 
 from keras_moe.core import checks
-from keras_moe.core.arguments import KeepsArguments
 from keras_moe.core.initializers import FiniteInitializer
+from keras_moe.core.loading import NamesSizes
 from keras_moe.core.numerics import as_float, softmax
 from keras_moe.core.records import SoftRouting
 from keras_moe.core.types import Config, InitializerLike, RegularizerLike, Shape, Size, Tensor
@@ -24,7 +24,7 @@ _MIXINGS = {
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
-class SoftRouter(KeepsArguments):
+class SoftRouter(NamesSizes):
     """Scores every token against every slot, normalised, in float32.
 
     logits[b,n,e,p] = scale * l2norm(x[b,n,:]) . l2norm(phi[:,e,p])
@@ -62,6 +62,8 @@ class SoftRouter(KeepsArguments):
         Puigcerver et al. 2023, "From Sparse to Soft Mixtures of Experts", algorithms 1 and 2, and
         table 2 and appendix A for `mixing`.
     """
+
+    AXES = (("phi", "input width", "num_experts", "slots_per_expert"),)
 
     def __init__(
         self,

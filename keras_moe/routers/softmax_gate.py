@@ -52,6 +52,8 @@ class SoftmaxGate(SavesSeed):
         Next", section 5.3 (dropout).
     """
 
+    AXES = (("kernel", "num_tasks", "input width", "num_experts"),)
+
     def __init__(
         self,
         num_experts: int,
