@@ -69,9 +69,9 @@ MUTATIONS = (
     ),
     Mutation(
         "the capacity of inference is taken in training",
-        LAYERS + "moe.py",
-        "if not training and self.eval_capacity_factor is not None:",
-        "if training and self.eval_capacity_factor is not None:",
+        "keras_moe/core/capacity.py",
+        "is_eval = not training and self.eval_factor is not None",
+        "is_eval = training and self.eval_factor is not None",
         (TRAPS,),
     ),
     Mutation(

@@ -8,6 +8,10 @@ from keras import ops
 from keras_moe.core.exporting import is_exporting
 from keras_moe.core.types import Size, Tensor
 
+# A mark below all scores. Finite: ONNX has no choice between a number and an infinity, since it
+# multiplies by 0 and 1, and checks of numbers such as TensorFlow's stop at an infinity.
+LOWEST = -3.4e38
+
 _LARGEST_DENOMINATOR = 10_000  # of slots per token
 
 
@@ -38,8 +42,7 @@ def normal_cdf(z: Tensor) -> Tensor:
 
 def entropy(logits: Tensor) -> Tensor:
     """Entropy in nats of softmax(logits) over the last axis."""
-    log_p = ops.log_softmax(logits, axis=-1)
-    return -ops.sum(ops.exp(log_p) * log_p, axis=-1)
+    return entropy_of(softmax(logits))
 
 
 def entropy_of(p: Tensor) -> Tensor:

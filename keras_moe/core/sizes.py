@@ -26,3 +26,10 @@ def at_least(size: Size, least: int) -> Size:
     if isinstance(size, int):
         return max(size, least)
     return size if is_symbolic(size) else ops.maximum(size, least)
+
+
+def at_most(size: Size, most: int) -> Size:
+    """The smaller one of a size and a number. A symbol counts as large enough."""
+    if isinstance(size, int):
+        return min(size, most)
+    return most if is_symbolic(size) else ops.minimum(size, most)

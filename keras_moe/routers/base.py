@@ -9,6 +9,7 @@ from keras import ops
 from keras_moe.core import checks
 from keras_moe.core.initializers import FiniteInitializer
 from keras_moe.core.numerics import as_float, softmax
+from keras_moe.core.pytorch import is_recomputing, without_autocast
 from keras_moe.core.records import Routing
 from keras_moe.core.seeds import SavesSeed
 from keras_moe.core.types import (
@@ -24,7 +25,14 @@ from keras_moe.routers import losses
 from keras_moe.routers.selection import load_of
 
 # Left out of the record where nobody asks for them: each takes a pass over the tokens.
-_ONLY_WHERE_ON = ("sequence_balance", "local_entropy", "global_entropy")
+_ONLY_WHERE_ON = (
+    "sequence_balance",
+    "first_choice_balance",
+    "local_entropy",
+    "global_entropy",
+    "sequence_importance",
+    "sequence_load",
+)
 
 
 class Served(NamedTuple):
@@ -52,6 +60,8 @@ class Decision(NamedTuple):
         is_chosen: bool `(N, k)`, False where a token takes fewer than k experts; None for all.
         losses: auxiliary losses beside those that every router has, float32 scalars by name.
         served: what is left after drops, where `has_capacity`; None where nothing is dropped.
+        amounts: what each token gives the experts, float32 `(N, E)`, by the name of the loss that
+            keeps the experts' sums alike ("importance", "load"); None for a loss of 0.
     """
 
     experts: Tensor
@@ -61,6 +71,7 @@ class Decision(NamedTuple):
     is_chosen: Tensor | None = None
     losses: Mapping[str, Tensor] = {}
     served: Served | None = None
+    amounts: Mapping[str, Tensor | None] = {}
 
 
 class Router(SavesSeed):
@@ -83,8 +94,8 @@ class Router(SavesSeed):
         inputs: `(N, d)` tokens.
         mask: bool `(N,)`, False at padding, or None.
         training: Whether noise is on.
-        num_sequences: How many sequences of equal length the tokens are, in order, for the loss
-            "sequence_balance". Defaults to `1`.
+        num_sequences: How many sequences of equal length the tokens are, in order, for losses of
+            each sequence. Defaults to `1`.
         token_ids: Optional int32 `(N,)`, for a router that `needs_token_ids`.
 
     Returns:
@@ -169,6 +180,11 @@ class Router(SavesSeed):
         self._top_k = checks.int_between("top_k", top_k, 1, most, "top_k of the constructor")
         self.experts_per_token = self._top_k
 
+    @property
+    def reads_sequences(self) -> bool:
+        """Whether a loss is that of each sequence, for which `num_sequences` is needed."""
+        return any(w and name.startswith("sequence_") for name, w in self.loss_weights.items())
+
     def reported_losses(self) -> tuple[str, ...]:
         """The names of `Routing.losses`: balance and z-loss always, others where they are on."""
         return tuple(dict.fromkeys(("balance", "z_loss", *self.loss_weights)))
@@ -209,9 +225,10 @@ class Router(SavesSeed):
         if training and self.jitter:
             inputs = self._jittered(inputs)
         more = {"token_ids": token_ids} if self.needs_token_ids else {}
-        decision = self.decide(inputs, mask, training, **more)
-        routing = self._record(decision, mask, num_sequences)
-        if training:
+        with without_autocast():
+            decision = self.decide(inputs, mask, training, **more)
+            routing = self._record(decision, mask, num_sequences)
+        if training and not is_recomputing():
             self.adapt(routing)
         return routing
 
@@ -228,27 +245,49 @@ class Router(SavesSeed):
 
     def _record(self, decision: Decision, mask: Tensor | None, num_sequences: Size) -> Routing:
         """The record of a decision, with padding left out, the load, and the losses."""
-        experts, weights, logits, probabilities, is_chosen, more_losses, served = decision
-        asked = ops.ones_like(experts, dtype="bool") if is_chosen is None else is_chosen
+        experts, weights, logits = decision.experts, decision.weights, decision.logits
+        asked = decision.is_chosen
+        if asked is None:
+            asked = ops.ones_like(experts, dtype="bool")
         if mask is not None:
             asked = ops.logical_and(asked, ops.expand_dims(mask, -1))
         load = load_of(experts, asked, self.num_experts)
+        named = self._losses_of(decision, asked, load, mask, num_sequences)
+        kept = asked
+        if decision.served is not None:
+            experts, weights, kept = decision.served
+        return Routing(experts, weights, kept, asked, logits, load, named)
+
+    def _losses_of(
+        self,
+        decision: Decision,
+        asked: Tensor,
+        load: Tensor,
+        mask: Tensor | None,
+        num_sequences: Size,
+    ) -> dict[str, Tensor]:
+        """The losses by name; those that take a pass over the tokens only where they are on."""
+        probabilities, experts = decision.probabilities, decision.experts
         named = {
             "balance": losses.balance_loss(probabilities, load, self.top_k, mask),
-            "z_loss": losses.z_loss(logits, mask),
+            "z_loss": losses.z_loss(decision.logits, mask),
         }
         if self.loss_weights.get("sequence_balance"):
             named["sequence_balance"] = losses.sequence_balance_loss(
                 probabilities, experts, asked, num_sequences, mask
             )
+        if self.loss_weights.get("first_choice_balance"):
+            first = load_of(experts[:, :1], asked[:, :1], self.num_experts)
+            named["first_choice_balance"] = losses.balance_loss(probabilities, first, 1, mask)
         if self.loss_weights.get("local_entropy"):
             named["local_entropy"] = losses.local_entropy_loss(probabilities, mask)
         if self.loss_weights.get("global_entropy"):
             named["global_entropy"] = losses.global_entropy_loss(probabilities, mask)
-        kept = asked
-        if served is not None:
-            experts, weights, kept = served
-        return Routing(experts, weights, kept, asked, logits, load, {**named, **more_losses})
+        for name, amounts in decision.amounts.items():
+            named[name] = losses.cv_squared(amounts, mask)
+            if self.loss_weights.get(f"sequence_{name}"):
+                named[f"sequence_{name}"] = losses.sequence_cv_squared(amounts, num_sequences, mask)
+        return {**named, **decision.losses}
 
     def compute_output_spec(
         self,
@@ -291,7 +330,7 @@ class Router(SavesSeed):
 
 
 class LinearRouter(Router):
-    """Base of routers with a kernel: logits = tokens @ kernel, in float32 and without a bias.
+    """Base of routers with a kernel: logits = tokens @ kernel (+ logit_bias), in float32.
 
     A subclass says in `choose` which experts a row of logits goes to, and with which weights.
     Other scores than a product with the kernel (cosines, a temperature) override `logits`.
@@ -302,12 +341,15 @@ class LinearRouter(Router):
         losses: Optional dict of coefficients by name; the others keep their default. `"balance"`
             is the balance loss, 1 at perfect balance; `"z_loss"` the router z-loss;
             `"sequence_balance"` the balance loss of each sequence on its own (DeepSeek-V3: 1e-4);
+            `"first_choice_balance"` the balance loss in which only first choices count (GShard);
             `"local_entropy"` the mean entropy of a token's probabilities, over ln E, which makes
             the router sure; `"global_entropy"` 1 minus the entropy of the mean probabilities, over
             ln E, which makes it use all experts (both LIMoE). Defaults to `None`: 0.01 (Switch),
             0.001 (ST-MoE), and 0 for the others.
         jitter: Float in [0, 1). In training the router's inputs (never the experts') are
             multiplied by noise drawn from U(1 - jitter, 1 + jitter). Defaults to `0.0`.
+        use_bias: Whether a trained bias, 0 at first, is added to the logits (GPT-OSS). Defaults to
+            `False`.
         kernel_initializer: Initializer of the `(d, E)` kernel. Defaults to `None`, a normal
             distribution of standard deviation 0.02 (flaxformer's setting for Switch).
         kernel_regularizer: Optional regularizer of the kernel. Defaults to `None`.
@@ -319,6 +361,7 @@ class LinearRouter(Router):
         "balance": 0.01,
         "z_loss": 0.001,
         "sequence_balance": 0.0,
+        "first_choice_balance": 0.0,
         "local_entropy": 0.0,
         "global_entropy": 0.0,
     }
@@ -330,6 +373,7 @@ class LinearRouter(Router):
         *,
         losses: Mapping[str, float] | None = None,
         jitter: float = 0.0,
+        use_bias: bool = False,
         kernel_initializer: InitializerLike = None,
         kernel_regularizer: RegularizerLike = None,
         kernel_constraint: ConstraintLike = None,
@@ -342,6 +386,7 @@ class LinearRouter(Router):
         self.jitter = checks.rate("jitter", jitter)
         if self.jitter and self.seed_generator is None:
             self.seed_generator = keras.random.SeedGenerator(seed)
+        self.use_bias = bool(use_bias)
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
         self.kernel_constraint = keras.constraints.get(kernel_constraint)
@@ -355,10 +400,24 @@ class LinearRouter(Router):
             regularizer=self.kernel_regularizer,
             constraint=self.kernel_constraint,
         )
+        if self.use_bias:
+            # Not "bias", which is a selection bias's name.
+            self.logit_bias = self.add_weight(
+                name="logit_bias", shape=(self.num_experts,), initializer="zeros"
+            )
 
     def logits(self, inputs: Tensor) -> Tensor:
-        """The scores of tokens `(N, d)`, float32 `(N, E)`."""
-        return ops.matmul(inputs, self.kernel)
+        """Computes the scores of tokens, float32 `(N, E)`: inputs @ kernel (+ logit_bias).
+
+        Choices, weights and losses follow it.
+
+        Args:
+            inputs: `(N, d)` tokens, jitter included.
+
+        One that `needs_token_ids` takes them as one more argument, `token_ids=None`.
+        """
+        logits = ops.matmul(inputs, self.kernel)
+        return logits + self.logit_bias if self.use_bias else logits
 
     def choose(self, logits: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the chosen experts, int32 `(N, k)`, and their weights, float32 `(N, k)`.
@@ -369,8 +428,10 @@ class LinearRouter(Router):
         """
         raise NotImplementedError(f"{type(self).__name__} must implement `choose`.")
 
-    def decide(self, inputs: Tensor, mask: Tensor | None, training: bool | None) -> Decision:
-        logits = self.logits(inputs)
+    def decide(
+        self, inputs: Tensor, mask: Tensor | None, training: bool | None, **more: Any
+    ) -> Decision:
+        logits = self.logits(inputs, **more)
         probabilities = self.probabilities(logits)
         experts, weights = self.choose(logits, probabilities)
         return Decision(experts, weights, logits, probabilities)
@@ -379,6 +440,7 @@ class LinearRouter(Router):
         return {
             **super().get_config(),
             "jitter": self.jitter,
+            "use_bias": self.use_bias,
             "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
             "kernel_regularizer": keras.regularizers.serialize(self.kernel_regularizer),
             "kernel_constraint": keras.constraints.serialize(self.kernel_constraint),
@@ -396,7 +458,7 @@ def refuse_arguments_of_others(router: type[Router], kwargs: dict[str, Any]) -> 
                 + (f"`losses={{{loss!r}: ...}}`." if loss in has else f"of {has}, without {loss}."),
                 **{name: value},
             )
-        if name in ("top_k", "jitter", "seed") or name.startswith("kernel_"):
+        if name in ("top_k", "jitter", "seed", "use_bias") or name.startswith("kernel_"):
             checks.fail(f"`{router.__name__}` has no use for `{name}`.", **{name: value})
 
 

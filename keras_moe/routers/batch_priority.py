@@ -3,12 +3,10 @@
 from typing import Any, ClassVar
 
 import keras
-from keras import ops
 
 from keras_moe.core import checks
 from keras_moe.core.numerics import normal_cdf, softmax
 from keras_moe.core.types import Config, Tensor
-from keras_moe.routers import losses
 from keras_moe.routers.base import Decision
 from keras_moe.routers.noisy import NoisyRouter
 from keras_moe.routers.selection import pick, select_top_k
@@ -26,14 +24,15 @@ class BatchPriorityRouter(NoisyRouter):
 
     The importance loss is the CV^2 of the summed p of each expert (without noise), the load loss
     that of the chances to reach the k-th largest noisy logit,
-    P_i = 1 - Phi((t - (x W)_i) / noise_std).
+    P_i = 1 - Phi((t - (x W)_i) / noise_std). `"sequence_importance"` and `"sequence_load"` are
+    those of each sequence, and their mean: what the authors' code gives in groups of one sequence.
 
     Args:
         num_experts: Positive integer, the experts E to choose from.
         top_k: Integer between 1 and `num_experts`. Defaults to `2`.
         noise_std: Number of at least 0, the width of the noise; None for 1 / E. Defaults to `None`
             (the paper's).
-        **kwargs: Arguments of `LinearRouter`: `losses`, `jitter`, `kernel_initializer`,
+        **kwargs: Arguments of `LinearRouter`: `losses`, `jitter`, `use_bias`, `kernel_initializer`,
             `kernel_regularizer`, `kernel_constraint`, `seed`. In `losses`,
             `"importance"` and `"load"`, which there is only with noise, are 0.005 by default (the
             paper's), the others 0.
@@ -46,10 +45,13 @@ class BatchPriorityRouter(NoisyRouter):
     LOSSES: ClassVar[dict[str, float]] = {
         "z_loss": 0.0,
         "sequence_balance": 0.0,
+        "first_choice_balance": 0.0,
         "local_entropy": 0.0,
         "global_entropy": 0.0,
         "importance": 0.005,
         "load": 0.005,
+        "sequence_importance": 0.0,
+        "sequence_load": 0.0,
     }
 
     serves_best_first = True
@@ -65,22 +67,23 @@ class BatchPriorityRouter(NoisyRouter):
         super().__init__(num_experts, top_k, **kwargs)
         self.noise_std = checks.optional(checks.non_negative, "noise_std", noise_std)
 
-    def decide(self, inputs: Tensor, mask: Tensor | None, training: bool | None) -> Decision:
-        clean = self.logits(inputs)
+    def decide(
+        self, inputs: Tensor, mask: Tensor | None, training: bool | None, **more: Any
+    ) -> Decision:
+        clean = self.logits(inputs, **more)
         std = 1.0 / self.num_experts if self.noise_std is None else self.noise_std
         noisy = clean
         if training and std:
             noisy = self._noisy(clean, std)
         experts = select_top_k(noisy, self.top_k)
         weights = pick(softmax(noisy), experts)
-        load = ops.zeros((), dtype="float32")
+        chances = None
         if std:
             threshold = pick(noisy, experts[:, -1:])
-            load = losses.cv_squared(normal_cdf((clean - threshold) / std), mask)
+            chances = normal_cdf((clean - threshold) / std)
         probabilities = self.probabilities(clean)
-        importance = losses.cv_squared(probabilities, mask)
-        more = {"importance": importance, "load": load}
-        return Decision(experts, weights, clean, probabilities, losses=more)
+        amounts = {"importance": probabilities, "load": chances}
+        return Decision(experts, weights, clean, probabilities, amounts=amounts)
 
     def looks_ahead(self, has_capacity: bool) -> str | None:
         return "`BatchPriorityRouter` gives slots to later tokens first" if has_capacity else None

@@ -18,7 +18,7 @@ class DenseRouter(LinearRouter):
 
     Args:
         num_experts: Positive integer, the number of experts E.
-        **kwargs: Arguments of `LinearRouter`: `losses`, `jitter`, `kernel_initializer`,
+        **kwargs: Arguments of `LinearRouter`: `losses`, `jitter`, `use_bias`, `kernel_initializer`,
             `kernel_regularizer`, `kernel_constraint`, `seed`.
 
     Reference:

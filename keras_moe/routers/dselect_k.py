@@ -26,7 +26,9 @@ class DSelectKRouter(LinearRouter):
     gamma / 2 and a cubic between. It gives expert e the share r_e = product over the bits of e's
     code of S(z_b) for a 1 and 1 - S(z_b) for a 0. weights_e = sum_j softmax(alpha)_j r_{j,e}. Where
     training has driven all S to 0 or 1, exactly k experts (or fewer, where selectors agree) are
-    left. z and alpha are linear in the token, or with `static` the same for all tokens.
+    left. z and alpha are linear in the token, or with `static` the same for all tokens. As in the
+    authors' code, a code's first bit is its highest. Other scores override `selectors`, not
+    `logits`: those of the record are the logarithms of the weights.
 
     The entropy loss, the mean over tokens of -sum_j sum_e r_{j,e} ln r_{j,e}, drives them there.
     Where E is no power of 2, codes past E stand for no expert and enter neither weights nor
@@ -42,9 +44,9 @@ class DSelectKRouter(LinearRouter):
         gamma: Positive number, the width of S. Defaults to `1.0` (the authors').
         kernel_initializer: Initializer of z and its kernel. Defaults to `None`, uniform within
             gamma / 100 of 0 (the authors').
-        **kwargs: Arguments of `LinearRouter`: `losses`, `jitter`, `kernel_regularizer`,
-            `kernel_constraint`, `seed`. In `losses`, `"entropy"` is 1e-6 by default; the paper
-            tunes it.
+        **kwargs: Arguments of `LinearRouter`: `losses`, `jitter`, `use_bias` (of z and alpha; not
+            with `static`), `kernel_regularizer`, `kernel_constraint`, `seed`. In `losses`,
+            `"entropy"` is 1e-6 by default; the paper tunes it.
 
     Reference:
         Hazimeh et al. 2021, "DSelect-k: Differentiable Selection in the Mixture of Experts",
@@ -78,6 +80,16 @@ class DSelectKRouter(LinearRouter):
             "top_k", checks.positive_int("top_k", top_k), 1, self.num_experts, "num_experts"
         )
         self.static = bool(static)
+        if self.static and self.use_bias:
+            checks.fail(
+                "`use_bias` must be False where `static` is set: z and alpha are biases then.",
+                use_bias=self.use_bias,
+            )
+        if type(self).logits is not LinearRouter.logits:
+            checks.fail(
+                "A subclass of `DSelectKRouter` must override `selectors` in place of `logits`.",
+                **{"class": type(self).__name__},
+            )
         self.gamma = gamma
         self.num_bits = max(math.ceil(math.log2(self.num_experts)), 1)
         is_full = self.num_experts == 2**self.num_bits
@@ -99,10 +111,29 @@ class DSelectKRouter(LinearRouter):
                 constraint=self.kernel_constraint,
             )
             setattr(self, name, weight)
+            bias = None
+            if self.use_bias:
+                bias = self.add_weight(name=f"{name}_bias", shape=(size,), initializer="zeros")
+            setattr(self, f"{name}_bias", bias)
 
-    def decide(self, inputs: Tensor, mask: Tensor | None, training: bool | None) -> Decision:
-        shares = self._shares(self._of_tokens(inputs, self.codes))  # (N, k, E)
-        importance = softmax(self._of_tokens(inputs, self.alpha))
+    def selectors(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Computes z, float32 `(N, k m)`, selector by selector, and alpha, `(N, k)`.
+
+        Args:
+            inputs: `(N, d)` tokens, jitter included.
+
+        One that `needs_token_ids` takes them as one more argument, `token_ids=None`.
+        """
+        return (
+            self._of_tokens(inputs, self.codes, self.codes_bias),
+            self._of_tokens(inputs, self.alpha, self.alpha_bias),
+        )
+
+    def decide(
+        self, inputs: Tensor, mask: Tensor | None, training: bool | None, **more: Any
+    ) -> Decision:
+        z, alpha = self.selectors(inputs, **more)
+        shares, importance = self._shares(z), softmax(alpha)  # (N, k, E), (N, k)
         weights = ops.sum(shares * ops.expand_dims(importance, -1), axis=1)
         is_used = ops.logical_not(weights <= 0)  # so that a NaN is seen
         logits = ops.log(ops.where(is_used, weights, _TINY))
@@ -121,17 +152,19 @@ class DSelectKRouter(LinearRouter):
             },
         )
 
-    def _of_tokens(self, inputs: Tensor, weight: Tensor) -> Tensor:
+    def _of_tokens(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """`(N, size)`, of each token or the same for all."""
         if not self.static:
-            return ops.matmul(inputs, weight)
+            products = ops.matmul(inputs, weight)
+            return products if bias is None else products + bias
         row = ops.expand_dims(ops.convert_to_tensor(weight), 0)
         return ops.broadcast_to(row, (ops.shape(inputs)[0], weight.shape[-1]))
 
     def _shares(self, z: Tensor) -> Tensor:
         """The share of each selector in each expert, `(N, k, E)`: products over the bits."""
         steps = ops.reshape(self._smooth_step(z), (-1, self.num_selectors, 1, self.num_bits))
-        codes = np.arange(self.num_experts)[:, None] >> np.arange(self.num_bits) & 1
+        # The highest bit first, as in the authors' code.
+        codes = np.arange(self.num_experts)[:, None] >> np.arange(self.num_bits)[::-1] & 1
         return ops.prod(ops.where(ops.convert_to_tensor(codes == 1), steps, 1.0 - steps), axis=-1)
 
     def _smooth_step(self, z: Tensor) -> Tensor:

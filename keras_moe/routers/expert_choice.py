@@ -29,7 +29,7 @@ class ExpertChoiceRouter(LinearRouter):
         num_experts: Positive integer, the number of experts E.
         top_k: Integer between 1 and `num_experts`, the mean number of experts per token, which the
             paper calls capacity factor. Defaults to `2` (the paper's).
-        **kwargs: Arguments of `LinearRouter`: `losses`, `jitter`, `kernel_initializer`,
+        **kwargs: Arguments of `LinearRouter`: `losses`, `jitter`, `use_bias`, `kernel_initializer`,
             `kernel_regularizer`, `kernel_constraint`, `seed`. The `losses` are 0 by
             default.
 

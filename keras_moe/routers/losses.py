@@ -85,13 +85,8 @@ def sequence_balance_loss(
     """
     if probabilities.shape[0] == 0:  # torch has no sums of no segments
         return ops.zeros((), dtype="float32")
-    num_experts, count = probabilities.shape[-1], ops.shape(probabilities)[0]
-    length = at_least(count // at_least(num_sequences, 1), 1)
-    sequence = ops.arange(count, dtype="int32") // length
-
-    def per_sequence(values: Tensor) -> Tensor:
-        return ops.segment_sum(values, sequence, num_segments=num_sequences)
-
+    num_experts = probabilities.shape[-1]
+    sequence = _sequence_of(probabilities, num_sequences)
     load = ops.segment_sum(
         ops.reshape(ops.cast(is_chosen, "float32"), (-1,)),
         ops.reshape(experts + num_experts * ops.expand_dims(sequence, -1), (-1,)),
@@ -99,12 +94,32 @@ def sequence_balance_loss(
     )
     load = ops.stop_gradient(ops.reshape(load, (num_sequences, num_experts)))
     fractions = load / ops.maximum(ops.sum(load, axis=-1, keepdims=True), 1.0)
-    is_token = ops.ones((count,), dtype="bool") if mask is None else mask
-    real = per_sequence(ops.cast(is_token, "float32"))
-    mean = per_sequence(ops.where(ops.expand_dims(is_token, -1), probabilities, 0.0))
-    mean = mean / ops.maximum(ops.expand_dims(real, -1), 1.0)
+    total, real = _sums_of_sequences(probabilities, sequence, num_sequences, mask)
+    mean = total / ops.maximum(ops.expand_dims(real, -1), 1.0)
     losses = num_experts * ops.sum(fractions * mean, axis=-1)  # 0 where all is padding
     return ops.sum(losses) / token_count(losses, real > 0)
+
+
+def _sequence_of(tokens: Tensor, num_sequences: Size) -> Tensor:
+    """The sequence of each token, int32 `(N,)`, of equal lengths."""
+    count = ops.shape(tokens)[0]
+    length = at_least(count // at_least(num_sequences, 1), 1)
+    return ops.arange(count, dtype="int32") // length
+
+
+def _sums_of_sequences(
+    values: Tensor, sequence: Tensor, num_sequences: Size, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The sums of `(N, E)` over each sequence's real tokens, and how many these are."""
+    is_token = ops.ones_like(sequence, dtype="bool") if mask is None else mask
+    real, sums = (
+        ops.segment_sum(each, sequence, num_segments=num_sequences)
+        for each in (
+            ops.cast(is_token, "float32"),
+            ops.where(ops.expand_dims(is_token, -1), values, 0.0),
+        )
+    )
+    return sums, real
 
 
 def local_entropy_loss(probabilities: Tensor, mask: Tensor | None) -> Tensor:
@@ -174,7 +189,7 @@ def z_loss(logits: Tensor, mask: Tensor | None) -> Tensor:
     return masked_sum(per_token, mask) / token_count(logits, mask)
 
 
-def cv_squared(amounts: Tensor, mask: Tensor | None) -> Tensor:
+def cv_squared(amounts: Tensor | None, mask: Tensor | None) -> Tensor:
     """The squared coefficient of variation over the experts of what all tokens give them.
 
     The importance loss, of the experts' weights, and the load loss, of their chances to be chosen:
@@ -182,7 +197,7 @@ def cv_squared(amounts: Tensor, mask: Tensor | None) -> Tensor:
     gradient is NaN at perfect balance (V-MoE).
 
     Args:
-        amounts: float32 `(N, E)`.
+        amounts: float32 `(N, E)`, or None for a loss of 0.
         mask: bool `(N,)`, False at padding, or None.
 
     Returns:
@@ -191,8 +206,38 @@ def cv_squared(amounts: Tensor, mask: Tensor | None) -> Tensor:
     Reference:
         Shazeer et al. 2017, "Outrageously Large Neural Networks", equations 6 to 11.
     """
-    total = masked_sum(amounts, mask)
-    mean = ops.mean(total)
-    variance = ops.mean(ops.square(total - mean))
-    # All is 0 where every token is padding, and then so is the loss.
-    return variance / ops.maximum(ops.square(mean), 1e-20)
+    if amounts is None:
+        return ops.zeros((), dtype="float32")
+    return _cv_squared_of(masked_sum(amounts, mask))
+
+
+def sequence_cv_squared(amounts: Tensor | None, num_sequences: Size, mask: Tensor | None) -> Tensor:
+    """`cv_squared` of each sequence on its own, and the mean of these.
+
+    A sequence of nothing but padding is left out of the mean.
+
+    Args:
+        amounts: float32 `(N, E)`, or None for a loss of 0.
+        num_sequences: how many sequences of equal length the tokens are, in order.
+        mask: bool `(N,)`, False at padding, or None.
+
+    Returns:
+        A float32 scalar.
+
+    Reference:
+        Riquelme et al. 2021, "Scaling Vision with Sparse Mixture of Experts", whose code takes both
+        losses in each group of tokens.
+    """
+    if amounts is None or amounts.shape[0] == 0:  # torch has no sums of no segments
+        return ops.zeros((), dtype="float32")
+    sequence = _sequence_of(amounts, num_sequences)
+    totals, real = _sums_of_sequences(amounts, sequence, num_sequences, mask)
+    values = _cv_squared_of(totals)
+    return ops.sum(values) / token_count(values, real > 0)
+
+
+def _cv_squared_of(totals: Tensor) -> Tensor:
+    """Variance / mean^2 over the last axis; 0 where all is 0, as every token is padding."""
+    mean = ops.mean(totals, axis=-1, keepdims=True)
+    variance = ops.mean(ops.square(totals - mean), axis=-1)
+    return variance / ops.maximum(ops.square(mean[..., 0]), 1e-20)

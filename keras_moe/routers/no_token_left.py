@@ -6,7 +6,8 @@ import keras
 from keras import ops
 
 from keras_moe.core import checks
-from keras_moe.core.numerics import edges_of, slots_per_expert
+from keras_moe.core.capacity import capacity_of
+from keras_moe.core.numerics import edges_of
 from keras_moe.core.types import Config, Size, Tensor
 from keras_moe.routers.base import Decision, Served
 from keras_moe.routers.selection import pick, select_top_k
@@ -18,11 +19,11 @@ class NoTokenLeftRouter(TopKRouter):
     """Sends what an expert has no place for to the next one, in rounds; top-k otherwise.
 
     Every expert has C = ceil(capacity_factor * k * N / E) places, N the tokens of the batch,
-    padding included. In round r each token that has fewer than k places asks its r-th best expert,
-    which takes earlier tokens first as long as it has places. What has no place after the last
-    round is dropped: weight 0, `kept` False. With k = 1 and all rounds nothing is where
-    `capacity_factor` is at least 1; with more k nothing is from E / (E - k + 1) on, and no token is
-    left without any expert from 1 on.
+    padding included, or `capacity`. In round r each token that has fewer than k places asks its
+    r-th best expert, which takes earlier tokens first as long as it has places. What has no place
+    after the last round is dropped: weight 0, `kept` False. With k = 1 and all rounds nothing is
+    where `capacity_factor` is at least 1; with more k nothing is from E / (E - k + 1) on, and no
+    token is left without any expert from 1 on.
 
     weight_j is that of `TopKRouter`: s_j, with k > 1 divided by the sum over the k experts, those
     of a dropped place included. Losses and `load` are those of the plain top-k, before overflow. An
@@ -31,15 +32,17 @@ class NoTokenLeftRouter(TopKRouter):
     Args:
         num_experts: Positive integer, the experts E to choose from.
         top_k: Integer between 1 and `num_experts`. Defaults to `1` (the paper's).
-        capacity_factor: Positive number; a named router has the layer's, where that is given.
-            Defaults to `1.25` (the paper's in training).
+        capacity_factor: Positive number; None where there is a `capacity`. A named router has what
+            the layer is given. Defaults to `1.25` (the paper's in training).
         eval_capacity_factor: Positive number, the same at inference; None for the same as in
             training. Defaults to `None`; the paper's code has 2.0.
+        capacity: Positive integer, the places C of each expert, at most N, with
+            `capacity_factor=None`. Defaults to `None`.
         rounds: Integer between `top_k` and `num_experts`, the most experts that a token asks; None
             for all. A round in which nobody asks is not run. Defaults to `None`.
         normalize: Whether the weights of a token sum to 1 before drops. Defaults to `True`.
         score: `"softmax"` or `"sigmoid"`. Defaults to `"softmax"`.
-        **kwargs: Arguments of `TopKRouter`: `losses`, `jitter`, `kernel_initializer`,
+        **kwargs: Arguments of `TopKRouter`: `losses`, `jitter`, `use_bias`, `kernel_initializer`,
             `kernel_regularizer`, `kernel_constraint`, `seed`.
 
     Example:
@@ -58,25 +61,32 @@ class NoTokenLeftRouter(TopKRouter):
         num_experts: int,
         top_k: int = 1,
         *,
-        capacity_factor: float = 1.25,
+        capacity_factor: float | None = 1.25,
         eval_capacity_factor: float | None = None,
+        capacity: int | None = None,
         rounds: int | None = None,
         normalize: bool = True,
         score: str = "softmax",
         **kwargs: Any,
     ) -> None:
         super().__init__(num_experts, top_k, normalize=normalize, score=score, **kwargs)
-        self.capacity_factor = checks.positive("capacity_factor", capacity_factor)
-        self.eval_capacity_factor = checks.optional(
-            checks.positive, "eval_capacity_factor", eval_capacity_factor
-        )
+        self._capacity = capacity_of(capacity, capacity_factor, eval_capacity_factor)
+        self.capacity, self.capacity_factor = self._capacity.slots, self._capacity.factor
+        self.eval_capacity_factor = self._capacity.eval_factor
+        if capacity is None and capacity_factor is None:
+            checks.fail(
+                "`capacity_factor` must be a number above 0 where there is no `capacity`.",
+                capacity_factor=None,
+            )
         self.rounds = self.num_experts if rounds is None else rounds
         checks.int_between("rounds", self.rounds, self.top_k, self.num_experts, "num_experts")
 
-    def decide(self, inputs: Tensor, mask: Tensor | None, training: bool | None) -> Decision:
-        asked = super().decide(inputs, mask, training)
+    def decide(
+        self, inputs: Tensor, mask: Tensor | None, training: bool | None, **more: Any
+    ) -> Decision:
+        asked = super().decide(inputs, mask, training, **more)
         ranked = select_top_k(asked.logits, self.rounds)
-        granted = self._granted(ranked, mask, self._capacity(inputs, training))
+        granted = self._granted(ranked, mask, self._places(inputs, training))
         # Granted experts first, best first; where they are fewer than k, the best of the others.
         preference = ops.where(granted, 2 * self.rounds, self.rounds) - ops.arange(self.rounds)
         place = select_top_k(ops.cast(preference, "float32"), self.top_k)
@@ -90,13 +100,11 @@ class NoTokenLeftRouter(TopKRouter):
     def looks_ahead(self, has_capacity: bool) -> str | None:
         return "`NoTokenLeftRouter` sends a token where later ones leave room"
 
-    def _capacity(self, inputs: Tensor, training: bool | None) -> Size:
-        factor = self.capacity_factor
-        if not training and self.eval_capacity_factor is not None:
-            factor = self.eval_capacity_factor
-        return slots_per_expert(factor * self.top_k / self.num_experts, ops.shape(inputs)[0])
+    def _places(self, inputs: Tensor, training: bool | None) -> Size | None:
+        count, load = ops.shape(inputs)[0], self.top_k / self.num_experts
+        return self._capacity.of(count, load, training)
 
-    def _granted(self, ranked: Tensor, mask: Tensor | None, capacity: Size) -> Tensor:
+    def _granted(self, ranked: Tensor, mask: Tensor | None, capacity: Any) -> Tensor:
         """Which of a token's experts, ranked `(N, R)`, have a place for it: bool `(N, R)`."""
         rounds = ops.arange(self.rounds, dtype="int32")
 
@@ -123,6 +131,7 @@ class NoTokenLeftRouter(TopKRouter):
             **super().get_config(),
             "capacity_factor": self.capacity_factor,
             "eval_capacity_factor": self.eval_capacity_factor,
+            "capacity": self.capacity,
             "rounds": self.rounds,
         }
 

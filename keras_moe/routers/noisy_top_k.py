@@ -8,11 +8,11 @@ from keras import ops
 from keras_moe.core.initializers import FiniteInitializer
 from keras_moe.core.numerics import normal_cdf, softmax
 from keras_moe.core.types import InitializerLike, Shape, Tensor
-from keras_moe.routers import losses
 from keras_moe.routers.base import Decision
 from keras_moe.routers.noisy import NoisyRouter
 from keras_moe.routers.selection import pick, select_top_k, spread
 
+_FAR = 1e4
 _LEAST_NOISE = 1e-2  # as in the authors' tensor2tensor: a width of 0 would be divided by
 
 
@@ -27,13 +27,14 @@ class NoisyTopKRouter(NoisyRouter):
     The importance loss is the CV^2 of each expert's summed weights, the load loss that of its
     chances to be chosen if its own noise was drawn again,
     P_i = Phi(((x W)_i - t_i) / std_i), t_i the k-th largest of the other experts' h.
+    `"sequence_importance"` and `"sequence_load"` are those of each sequence, and their mean.
 
     Args:
         num_experts: Positive integer, the experts E to choose from.
         top_k: Integer between 1 and `num_experts`. Defaults to `2`.
         kernel_initializer: Initializer of both kernels. Defaults to `"zeros"`, so that noise alone
             decides at first (the paper's).
-        **kwargs: Arguments of `LinearRouter`: `losses`, `jitter`, `kernel_regularizer`,
+        **kwargs: Arguments of `LinearRouter`: `losses`, `jitter`, `use_bias`, `kernel_regularizer`,
             `kernel_constraint`, `seed`. In `losses`, `"importance"` and `"load"` are 0.1 by default
             (the paper's; without a load loss where k is E), the others 0.
 
@@ -44,10 +45,13 @@ class NoisyTopKRouter(NoisyRouter):
     LOSSES: ClassVar[dict[str, float]] = {
         "z_loss": 0.0,
         "sequence_balance": 0.0,
+        "first_choice_balance": 0.0,
         "local_entropy": 0.0,
         "global_entropy": 0.0,
         "importance": 0.1,
         "load": 0.1,
+        "sequence_importance": 0.0,
+        "sequence_load": 0.0,
     }
 
     def __init__(
@@ -70,8 +74,10 @@ class NoisyTopKRouter(NoisyRouter):
             constraint=self.kernel_constraint,
         )
 
-    def decide(self, inputs: Tensor, mask: Tensor | None, training: bool | None) -> Decision:
-        clean = self.logits(inputs)
+    def decide(
+        self, inputs: Tensor, mask: Tensor | None, training: bool | None, **more: Any
+    ) -> Decision:
+        clean = self.logits(inputs, **more)
         std = ops.softplus(ops.matmul(inputs, self.noise_kernel)) + _LEAST_NOISE
         noisy = clean
         if training:
@@ -89,20 +95,23 @@ class NoisyTopKRouter(NoisyRouter):
             weights,
             clean,
             self.probabilities(clean),
-            losses={
-                "importance": losses.cv_squared(gates, mask),
-                "load": self._load_loss(clean, std, values, experts, mask),
+            amounts={
+                "importance": gates,
+                "load": self._chances(clean, std, values, experts),
             },
         )
 
-    def _load_loss(
-        self, clean: Tensor, std: Tensor, values: Tensor, experts: Tensor, mask: Tensor | None
-    ) -> Tensor:
-        """`values (N, k + 1)` are the largest noisy logits, largest first."""
+    def _chances(
+        self, clean: Tensor, std: Tensor, values: Tensor, experts: Tensor
+    ) -> Tensor | None:
+        """P, `(N, E)`; `values (N, k + 1)` are the largest noisy logits, largest first."""
         if self.top_k == self.num_experts:  # all are chosen, whatever the noise
-            return ops.zeros((), dtype="float32")
+            return None
         ones = ops.ones_like(experts, dtype="float32")
         is_chosen = spread(ones, experts, self.num_experts) > 0
         # Without a chosen expert, the k-th largest of the rest is the one after the k.
         threshold = ops.where(is_chosen, values[:, self.top_k :], values[:, self.top_k - 1, None])
-        return losses.cv_squared(normal_cdf((clean - threshold) / std), mask)
+        gap = clean - threshold
+        # An expert that is ruled out, by -inf, has no chance, and a gradient that is finite.
+        gap = ops.where(ops.isfinite(gap), gap, ops.where(gap < 0, -_FAR, gap))
+        return normal_cdf(gap / std)

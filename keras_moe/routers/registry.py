@@ -47,6 +47,7 @@ def get(
     top_k: int | None = None,
     balance_weight: float | None = None,
     z_loss_weight: float | None = None,
+    capacity: int | None = None,
     capacity_factor: float | None = None,
     eval_capacity_factor: float | None = None,
     seed: int | None = None,
@@ -62,8 +63,9 @@ def get(
             `None`.
         z_loss_weight: coefficient of the router z-loss; None for the rule's own. Defaults to
             `None`.
-        capacity_factor: the layer's, for named rules with a capacity of their own; None for the
-            rule's own. Defaults to `None`.
+        capacity: the layer's, for named rules with a capacity of their own. Defaults to `None`.
+        capacity_factor: the layer's, for the same; with neither, the rule's own. Defaults to
+            `None`.
         eval_capacity_factor: the same at inference. Defaults to `None`.
         seed: seed of a named router's noise. Defaults to `None`.
 
@@ -75,9 +77,12 @@ def get(
     losses = {name: weight for name, weight in weights.items() if weight is not None}
     if isinstance(router, str):
         checks.one_of("router", router, _ROUTERS)
-        found = _named(
-            router, num_experts, top_k, losses, capacity_factor, eval_capacity_factor, seed
-        )
+        room = {
+            "capacity": capacity,
+            "capacity_factor": capacity_factor,
+            "eval_capacity_factor": eval_capacity_factor,
+        }
+        found = _named(router, num_experts, top_k, losses, room, seed)
     else:
         found = (
             keras.saving.deserialize_keras_object(router) if isinstance(router, dict) else router
@@ -102,13 +107,17 @@ def get(
     return found
 
 
+def rules_with(loss: str) -> list[type[Router]]:
+    """The classes of named routers that have a loss."""
+    return [rule for rule in _ROUTERS.values() if loss in rule.LOSSES]
+
+
 def _named(
     name: str,
     num_experts: int,
     top_k: int | None,
     losses: dict[str, float],
-    capacity_factor: float | None,
-    eval_capacity_factor: float | None,
+    room: dict[str, Any],
     seed: int | None,
 ) -> Router:
     """A router by its name, with those arguments that it has."""
@@ -127,7 +136,6 @@ def _named(
             )
     if losses:
         arguments["losses"] = losses
-    if rule.has_capacity:
-        factors = {"capacity_factor": capacity_factor, "eval_capacity_factor": eval_capacity_factor}
-        arguments |= {each: factor for each, factor in factors.items() if factor is not None}
+    if rule.has_capacity and (room["capacity"] or room["capacity_factor"]):
+        arguments |= room
     return rule(num_experts, **arguments)

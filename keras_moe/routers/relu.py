@@ -6,6 +6,7 @@ import keras
 from keras import ops
 
 from keras_moe.core import checks
+from keras_moe.core.pytorch import is_recomputing
 from keras_moe.core.types import Config, Shape, Tensor
 from keras_moe.routers.base import Decision, LinearRouter
 from keras_moe.routers.losses import masked_sum, token_count
@@ -36,7 +37,7 @@ class ReLURouter(LinearRouter):
         rate: Number above 1, what lambda changes by. Defaults to `1.2` (the paper's).
         update_every: Positive integer, the training batches per change of lambda: the
             `gradient_accumulation_steps` of an optimizer that has them. Defaults to `1`.
-        **kwargs: Arguments of `LinearRouter`: `losses`, `jitter`, `kernel_initializer`,
+        **kwargs: Arguments of `LinearRouter`: `losses`, `jitter`, `use_bias`, `kernel_initializer`,
             `kernel_regularizer`, `kernel_constraint`, `seed`. The `losses` are 0 by
             default: the penalty balances.
 
@@ -48,6 +49,7 @@ class ReLURouter(LinearRouter):
     LOSSES: ClassVar[dict[str, float]] = {
         "z_loss": 0.0,
         "sequence_balance": 0.0,
+        "first_choice_balance": 0.0,
         "local_entropy": 0.0,
         "global_entropy": 0.0,
     }
@@ -88,11 +90,14 @@ class ReLURouter(LinearRouter):
         )
         self._pending = PendingSums(self, 1, self.update_every)
 
-    def decide(self, inputs: Tensor, mask: Tensor | None, training: bool | None) -> Decision:
-        logits = self.logits(inputs)
+    def decide(
+        self, inputs: Tensor, mask: Tensor | None, training: bool | None, **more: Any
+    ) -> Decision:
+        logits = self.logits(inputs, **more)
         experts = select_top_k(logits, self.top_k)
         values = pick(logits, experts)
-        weights = ops.relu(values) + 0.0 * values  # a token that is not finite shows in its output
+        # Not `relu`, which hides on some backends that a token is not finite.
+        weights = ops.where(values <= 0, ops.zeros_like(values), values)
         is_active = ops.logical_not(weights <= 0)
         count = token_count(logits, mask)
         gates = spread(weights, experts, self.num_experts)
@@ -100,7 +105,7 @@ class ReLURouter(LinearRouter):
         fractions = ops.stop_gradient(load) * (self.num_experts / self.target_experts) / count
         penalty = self.penalty * 1.0  # a copy: torch differentiates with it after it has changed
         l1 = penalty * ops.sum(fractions * masked_sum(gates, mask)) / count
-        if training and self.trainable:
+        if training and self.trainable and not is_recomputing():
             excess = ops.sum(load) - self.target_experts * count  # over the assignments aimed for
             sums, is_due = self._pending.add(ops.reshape(excess, (1,)))
             self.penalty.assign(penalty * ops.power(self.rate, is_due * ops.sign(sums[0])))

@@ -3,10 +3,9 @@
 from keras import ops
 
 from keras_moe.core.exporting import is_exporting
+from keras_moe.core.numerics import LOWEST
 from keras_moe.core.types import Tensor
 
-# Finite, as ONNX has no choice between a number and an infinity: it multiplies by 0 and 1.
-_LOWEST = -3.4e38
 _TAKEN = -3.4028e38  # float32 has nothing much below
 _LEAST = 1e-20
 
@@ -30,7 +29,7 @@ def select_top_k(scores: Tensor, top_k: int) -> Tensor:
     # Experts first: a maximum over the leading axis is elementwise over tokens, which vectorizes;
     # over the last axis, or by `argmax`, XLA:CPU takes 3 to 5 times as long.
     remaining = ops.transpose(ops.stop_gradient(scores))
-    lowest = ops.full_like(remaining, _LOWEST)
+    lowest = ops.full_like(remaining, LOWEST)
     remaining = ops.where(ops.isfinite(remaining), ops.maximum(remaining, lowest), lowest)
     num_experts = scores.shape[-1]
     experts = ops.expand_dims(ops.arange(num_experts, dtype="int32"), -1)

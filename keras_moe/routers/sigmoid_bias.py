@@ -6,6 +6,7 @@ import keras
 from keras import ops
 
 from keras_moe.core import checks
+from keras_moe.core.numerics import LOWEST
 from keras_moe.core.records import Routing
 from keras_moe.core.types import Config, Shape, Tensor
 from keras_moe.routers.pending import PendingSums
@@ -42,7 +43,7 @@ class SigmoidBiasRouter(TopKRouter):
             None for all groups. Defaults to `None`; DeepSeek-V3 has 4.
         normalize: Whether the scores of the chosen are divided by their sum. Defaults to `True`.
         score: `"sigmoid"` or `"softmax"`. Defaults to `"sigmoid"`.
-        **kwargs: Arguments of `TopKRouter`: `losses`, `jitter`, `kernel_initializer`,
+        **kwargs: Arguments of `TopKRouter`: `losses`, `jitter`, `use_bias`, `kernel_initializer`,
             `kernel_regularizer`, `kernel_constraint`, `seed`. The `losses` are 0 by
             default: the bias balances. The balance loss takes each expert's share of a token's
             scores.
@@ -126,7 +127,7 @@ class SigmoidBiasRouter(TopKRouter):
         return self._within_groups(scores + self.bias)  # the bias chooses, and weighs nothing
 
     def _within_groups(self, scores: Tensor) -> Tensor:
-        """Scores that are -inf out of a token's reach; not 0, which a negative bias falls below."""
+        """Scores, `LOWEST` out of a token's reach; not 0, which a negative bias falls below."""
         if self.top_groups == self.num_groups:
             return scores
         size = self.num_experts // self.num_groups
@@ -134,7 +135,7 @@ class SigmoidBiasRouter(TopKRouter):
         best = ops.sort(grouped, axis=-1)[..., -min(_OF_A_GROUP, size) :]
         groups = select_top_k(ops.sum(best, axis=-1), self.top_groups)
         is_open = ops.any(ops.equal(ops.expand_dims(groups, -1), ops.arange(self.num_groups)), 1)
-        grouped = ops.where(ops.expand_dims(is_open, -1), grouped, -float("inf"))
+        grouped = ops.where(ops.expand_dims(is_open, -1), grouped, LOWEST)
         return ops.reshape(grouped, (-1, self.num_experts))
 
     def get_config(self) -> Config:

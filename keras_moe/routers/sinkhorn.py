@@ -28,7 +28,7 @@ class SinkhornRouter(LinearRouter):
         num_experts: Positive integer, the number of experts E.
         top_k: Integer between 1 and `num_experts`. Defaults to `1` (the papers').
         iterations: Positive integer, how often both factors are computed. Defaults to `8`.
-        **kwargs: Arguments of `LinearRouter`: `losses`, `jitter`, `kernel_initializer`,
+        **kwargs: Arguments of `LinearRouter`: `losses`, `jitter`, `use_bias`, `kernel_initializer`,
             `kernel_regularizer`, `kernel_constraint`, `seed`. The `losses` are 0 by
             default: the assignment is balanced.
 
@@ -41,6 +41,7 @@ class SinkhornRouter(LinearRouter):
     LOSSES: ClassVar[dict[str, float]] = {
         "z_loss": 0.0,
         "sequence_balance": 0.0,
+        "first_choice_balance": 0.0,
         "local_entropy": 0.0,
         "global_entropy": 0.0,
     }
@@ -59,8 +60,10 @@ class SinkhornRouter(LinearRouter):
     def looks_ahead(self, has_capacity: bool) -> str | None:
         return "`SinkhornRouter` balances over all tokens in training"
 
-    def decide(self, inputs: Tensor, mask: Tensor | None, training: bool | None) -> Decision:
-        logits = self.logits(inputs)
+    def decide(
+        self, inputs: Tensor, mask: Tensor | None, training: bool | None, **more: Any
+    ) -> Decision:
+        logits = self.logits(inputs, **more)
         scores = self._balanced(logits, mask) if training else logits
         experts = select_top_k(scores, self.top_k)
         probabilities = self.probabilities(logits)
@@ -71,7 +74,12 @@ class SinkhornRouter(LinearRouter):
     def _balanced(self, logits: Tensor, mask: Tensor | None) -> Tensor:
         """The scaled scores, `(N, E)`; 0 for padding, which takes no share of an expert."""
         logits = ops.stop_gradient(logits)
-        is_token = ops.all(ops.isfinite(logits), axis=-1, keepdims=True)
+        # -inf rules an expert out; a row with NaN or Inf, or without a finite score, is no token.
+        is_finite = ops.isfinite(logits)
+        is_token = ops.logical_and(
+            ops.any(is_finite, axis=-1, keepdims=True),
+            ops.all(ops.logical_or(is_finite, logits < 0), axis=-1, keepdims=True),
+        )
         if mask is not None:
             is_token = ops.logical_and(is_token, ops.expand_dims(mask, -1))
         # A factor per row is free, so a softmax, which does not overflow, serves as exp.

@@ -9,6 +9,7 @@ from keras_moe.core import checks
 from keras_moe.core.constraints import per_expert
 from keras_moe.core.initializers import PerExpertInitializer
 from keras_moe.core.numerics import as_float, softmax
+from keras_moe.core.pytorch import without_autocast
 from keras_moe.core.records import GateRouting
 from keras_moe.core.seeds import SavesSeed
 from keras_moe.core.types import (
@@ -19,12 +20,15 @@ from keras_moe.core.types import (
     Shape,
     Tensor,
 )
+from keras_moe.routers.loss_weights import refuse_loss_weights
 from keras_moe.routers.selection import scaled_to_one
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
 class SoftmaxGate(SavesSeed):
     """All tasks' gates as one matmul, in float32: weights[n,t,:] = softmax(x[n,:] @ kernel[t]).
+
+    With `use_bias`, bias[t] is added before the softmax.
 
     Args:
         num_experts: Positive integer, the number of experts E.
@@ -33,6 +37,8 @@ class SoftmaxGate(SavesSeed):
             with this probability and the other weights are scaled to sum to 1 again, which keeps a
             gate from settling on one expert for ever. Where all would be left out, none is.
             Defaults to `0.0`; the YouTube paper uses 0.1.
+        use_bias: Whether each gate has a bias per expert, 0 at first. Defaults to `False` (the
+            paper's).
         kernel_initializer: Initializer of one task's `(d, E)` kernel. Defaults to
             `"glorot_uniform"`.
         kernel_regularizer: Optional regularizer of the kernel. Defaults to `None`.
@@ -60,17 +66,20 @@ class SoftmaxGate(SavesSeed):
         num_tasks: int,
         *,
         dropout: float = 0.0,
+        use_bias: bool = False,
         kernel_initializer: InitializerLike = "glorot_uniform",
         kernel_regularizer: RegularizerLike = None,
         kernel_constraint: ConstraintLike = None,
         seed: int | None = None,
         **kwargs: Any,
     ) -> None:
+        refuse_loss_weights(type(self), kwargs)
         kwargs["dtype"] = "float32"
         super().__init__(**kwargs)
         self.num_experts = checks.positive_int("num_experts", num_experts)
         self.num_tasks = checks.positive_int("num_tasks", num_tasks)
         self.dropout = checks.rate("dropout", dropout)
+        self.use_bias = bool(use_bias)
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
         self.kernel_constraint = keras.constraints.get(kernel_constraint)
@@ -86,9 +95,21 @@ class SoftmaxGate(SavesSeed):
             regularizer=self.kernel_regularizer,
             constraint=per_expert(self.kernel_constraint),
         )
+        if self.use_bias:
+            self.bias = self.add_weight(
+                name="bias", shape=(self.num_tasks, self.num_experts), initializer="zeros"
+            )
 
     def call(self, inputs: Tensor, training: bool | None = None) -> GateRouting:
         inputs = as_float(inputs, self.compute_dtype)
+        with without_autocast():
+            logits = self._logits(inputs)
+            weights = softmax(logits)
+        if training and self.seed_generator is not None:
+            weights = self._dropped_out(weights)
+        return GateRouting(weights, logits)
+
+    def _logits(self, inputs: Tensor) -> Tensor:
         if len(inputs.shape) == 2:
             width = inputs.shape[-1]
             flat = ops.reshape(ops.transpose(self.kernel, (1, 0, 2)), (width, -1))
@@ -96,10 +117,9 @@ class SoftmaxGate(SavesSeed):
             logits = ops.reshape(logits, (-1, self.num_tasks, self.num_experts))
         else:
             logits = ops.transpose(ops.matmul(inputs, self.kernel), (1, 0, 2))
-        weights = softmax(logits)
-        if training and self.seed_generator is not None:
-            weights = self._dropped_out(weights)
-        return GateRouting(weights, logits)
+        if self.use_bias:
+            logits = logits + self.bias
+        return logits
 
     def _dropped_out(self, weights: Tensor) -> Tensor:
         draw = keras.random.uniform(ops.shape(weights), dtype="float32", seed=self.seed_generator)
@@ -118,6 +138,7 @@ class SoftmaxGate(SavesSeed):
             "num_experts": self.num_experts,
             "num_tasks": self.num_tasks,
             "dropout": self.dropout,
+            "use_bias": self.use_bias,
             "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
             "kernel_regularizer": keras.regularizers.serialize(self.kernel_regularizer),
             "kernel_constraint": keras.constraints.serialize(self.kernel_constraint),

@@ -69,6 +69,17 @@ def sequence_balance(probabilities, experts, is_chosen, is_token, sequences):
     return float(np.mean(values)) if values else 0.0
 
 
+def first_choice_balance(probabilities, experts, is_chosen, is_token):
+    """GShard, algorithm 1, E^2 times as in its code: E sum_e c_e / S m_e, c_e of first choices."""
+    num_experts = probabilities.shape[1]
+    real = [n for n in range(len(probabilities)) if is_token[n]]
+    if not real:
+        return 0.0
+    first = [experts[n, 0] for n in real if is_chosen[n, 0]]
+    mean = probabilities[real].mean(axis=0)
+    return num_experts * sum(first.count(e) / len(real) * mean[e] for e in range(num_experts))
+
+
 def entropy(p):
     """In nats, of one distribution; 0 log 0 is 0."""
     return -sum(each * np.log(each) for each in p if each > 0)

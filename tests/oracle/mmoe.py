@@ -1,7 +1,7 @@
 """Multi-gate mixture of experts, Ma et al. 2018, equations 6 to 8.
 
-g[n,t] = softmax(x[n] @ gates/kernel[t]), or of the hidden layers `gate_hidden` of task t instead
-of x[n]; y_t[n] = sum_e g[n,t,e] expert_e(x[n]), experts activated on every layer.
+g[n,t] = softmax(x[n] @ gates/kernel[t] (+ gates/bias[t])), or of the hidden layers `gate_hidden` of
+task t instead of x[n]; y_t[n] = sum_e g[n,t,e] expert_e(x[n]), experts activated on every layer.
 """
 
 import numpy as np
@@ -22,6 +22,7 @@ def run(inputs, weights, cotangents, mask=None, *, activation="relu"):
     x = inputs.reshape(-1, inputs.shape[-1])
     is_token = np.ones(len(x), bool) if mask is None else np.asarray(mask, bool).reshape(-1)
     kernel = np.asarray(weights["gates/kernel"], np.float64)
+    bias = np.asarray(weights.get("gates/bias", np.zeros(kernel.shape[::2])), np.float64)
     bank = expert_mlp.bank_of(weights, "experts")
     hidden = expert_mlp.bank_of(weights, "gate_hidden")
     tasks, _, num_experts = kernel.shape
@@ -32,6 +33,7 @@ def run(inputs, weights, cotangents, mask=None, *, activation="relu"):
         expert_mlp.zeros_of(hidden),
         np.zeros_like(kernel),
     )
+    dbias = np.zeros_like(bias)
     dx = np.zeros_like(x)
     outputs = np.zeros(dy.shape)
     gates = np.zeros((len(x), tasks, num_experts))
@@ -47,7 +49,7 @@ def run(inputs, weights, cotangents, mask=None, *, activation="relu"):
             seen, tape = row, None
             if hidden:
                 seen, tape = expert_mlp.forward(hidden, t, row, activation, activate_last=True)
-            g = gates[n, t] = softmax(seen @ kernel[t])
+            g = gates[n, t] = softmax(seen @ kernel[t] + bias[t])
             if not is_token[n]:
                 continue
             dg = np.zeros(num_experts)
@@ -57,6 +59,7 @@ def run(inputs, weights, cotangents, mask=None, *, activation="relu"):
                 dout[e] += g[e] * dy[t, n]
             dlogits = softmax_backward(g, dg)
             dkernel[t] += np.outer(seen, dlogits)
+            dbias[t] += dlogits
             dseen = kernel[t] @ dlogits
             if hidden:
                 dseen = expert_mlp.backward(hidden, t, tape, dseen, dhidden)
@@ -69,6 +72,7 @@ def run(inputs, weights, cotangents, mask=None, *, activation="relu"):
         "inputs": dx.reshape(inputs.shape),
         "gates/kernel": dkernel,
         **expert_mlp.with_prefix("experts", dbank),
+        **({"gates/bias": dbias} if "gates/bias" in weights else {}),
         **expert_mlp.with_prefix("gate_hidden", dhidden),
     }
     return (

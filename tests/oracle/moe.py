@@ -3,7 +3,8 @@
 p[n] = softmax(x[n] @ router/kernel); e[n] = the k largest p[n], best first; w[n,j] = p[n,e[n,j]],
 divided by their sum over j for normalised top-k with k > 1. An assignment past the C-th of its
 expert in its group adds 0, where C = ceil(capacity_factor k N / E), N the group's tokens with
-padding, and all first choices come before all second ones.
+padding, and all first choices come before all second ones. With `weigh="inputs"`, expert(w x)
+stands for w expert(x).
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ from tests.oracle import expert_mlp, losses
 class Settings:
     top_k: int = 2
     normalize: bool = True
+    weigh: str = "outputs"
     activation: str = "gelu"
     capacity_factor: float | None = None
     capacity_group: str = "batch"
@@ -127,9 +129,10 @@ def run(inputs, weights, cotangent=None, mask=None, **settings):
         if is_token[n]:
             for j in range(s.top_k):
                 if kept[n, j]:
-                    out, tape = expert_mlp.forward(bank, experts[n, j], x[n], s.activation)
+                    before, after = (w[n, j], 1.0) if s.weigh == "inputs" else (1.0, w[n, j])
+                    out, tape = expert_mlp.forward(bank, experts[n, j], before * x[n], s.activation)
                     tapes[n, j] = out, tape
-                    y = y + w[n, j] * out
+                    y = y + after * out
             for e in range(_size_of(shared)):
                 out, tape = expert_mlp.forward(shared, e, x[n], s.activation)
                 tapes[n, "shared", e] = out, tape
@@ -148,6 +151,11 @@ def run(inputs, weights, cotangent=None, mask=None, **settings):
             for j in range(s.top_k):
                 if kept[n, j]:
                     out, tape = tapes[n, j]
+                    if s.weigh == "inputs":
+                        drow = expert_mlp.backward(bank, experts[n, j], tape, dy[n], dbank)
+                        dw[row_of[n], j] += drow @ x[n]
+                        dx[n] += w[n, j] * drow
+                        continue
                     dw[row_of[n], j] += dy[n] @ out
                     dx[n] += expert_mlp.backward(bank, experts[n, j], tape, w[n, j] * dy[n], dbank)
             for e in range(_size_of(shared)):

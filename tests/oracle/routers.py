@@ -75,8 +75,30 @@ def with_all_losses(rule, sequences):
             "sequence_balance": losses.sequence_balance(
                 result.shares, result.experts, result.kept, mask, sequences
             ),
+            "first_choice_balance": losses.first_choice_balance(
+                result.shares, result.experts, result.kept, mask
+            ),
             "local_entropy": losses.local_entropy(result.shares, mask),
             "global_entropy": losses.global_entropy(result.shares, mask),
+        }
+        return dataclasses.replace(result, losses={**result.losses, **more})
+
+    return extended
+
+
+def with_losses_of_sequences(rule, sequences):
+    """The rule with its importance and load losses of each sequence too, and the mean of these."""
+
+    def extended(x, w, mask, noise, **settings):
+        result = rule(x, w, mask, noise, **settings)
+        parts = [
+            rule(x[rows], w, mask[rows], None if noise is None else noise[rows], **settings).losses
+            for rows in np.split(np.arange(len(x)), sequences)
+            if mask[rows].any()
+        ]
+        more = {
+            f"sequence_{name}": np.mean([part[name] for part in parts])
+            for name in ("importance", "load")
         }
         return dataclasses.replace(result, losses={**result.losses, **more})
 
@@ -276,7 +298,8 @@ def dselect_k(x, w, mask, noise, *, k, num_experts, gamma, static):
                     t = z[j, bit]
                     step = -2 / gamma**3 * t**3 + 3 / (2 * gamma) * t + 0.5
                     step = 0.0 if t <= -gamma / 2 else 1.0 if t >= gamma / 2 else step
-                    r[code] *= step if code >> bit & 1 else 1 - step
+                    is_one = code >> (bits - 1 - bit) & 1  # the highest bit first
+                    r[code] *= step if is_one else 1 - step
             weights[n] += alpha[j] * r
             entropy[n] -= sum(share * np.log(share) for share in r if share > 0)
             unused[n] += 1 / max(r.sum(), 1e-6)

@@ -125,6 +125,16 @@ def shazeer(logits, k):
     return total
 
 
+def gshard(logits, k):
+    """Algorithm 1, times E^2 as in lingvo/core/gshard_layers.py, in one group."""
+    total = 0.0
+    for layer in logits.reshape(len(logits), -1, E):
+        p = softmax(layer)
+        first = one_hot(p.argmax(axis=-1)).mean(axis=0)
+        total += C * np.mean(first * p.mean(axis=0)) * E**2
+    return total
+
+
 def vmoe(logits, k):
     """vmoe/nn/routing.py, `_importance_auxiliary_loss` and `_load_auxiliary_loss`, without noise
     drawn, in one group; vit_moe.py sums its layers."""
@@ -135,6 +145,11 @@ def vmoe(logits, k):
         for amounts in (softmax(layer).sum(axis=0), chances.sum(axis=0)):
             total += C * (np.std(amounts) / np.mean(amounts)) ** 2
     return total
+
+
+def vmoe_by_image(logits, k):
+    """The same where a group is an image: the mean over groups."""
+    return np.mean([vmoe(logits[:, image : image + 1], k) for image in range(logits.shape[1])])
 
 
 def limoe(logits, k):
@@ -162,7 +177,7 @@ def noisy(k, weights):
 
 
 def prioritised(k, weights):
-    return routers.BatchPriorityRouter(E, k, losses=weights)
+    return routers.BatchPriorityRouter(E, k, losses={"importance": 0, "load": 0, **weights})
 
 
 # Row of the table -> the library's formula, ours, and values of k that it allows.
@@ -175,7 +190,9 @@ ROWS = {
     "flaxformer": (flaxformer, token_choice, (1, 2, 3)),
     "MaxText": (maxtext, token_choice, (1, 2, 3)),
     "DeepSeek-V3": (deepseek_v3, sigmoid, (1, 2, 3)),
+    "GShard": (gshard, token_choice, (1, 2, 3)),
     "V-MoE": (vmoe, prioritised, (1, 2, 3)),
+    "V-MoE, a group for each image": (vmoe_by_image, prioritised, (1, 2, 3)),
     "Shazeer et al. 2017": (shazeer, noisy, (2, 3)),  # k = 1 has another weight here
     "LIMoE, in nats": (limoe, token_choice, (1, 2)),
 }
@@ -243,7 +260,7 @@ def test_what_else_the_table_says(row, k):
     of_two = formula(np.repeat(one, 2, axis=0), k) / formula(one, k)
     assert of_two == pytest.approx(1.0 if "averaged" in layers else 2.0)
     is_by_sequence = formula(one, k) != pytest.approx(formula(one.reshape(1, 1, -1, E), k))
-    assert is_by_sequence == ("sequence_balance" in conversion)
+    assert is_by_sequence == ("sequence_" in conversion)
     assert is_by_sequence == ("sequence" in tokens or row == "flaxformer")
 
 

@@ -208,7 +208,7 @@ def test_sequences_are_examples_whatever_the_rank():
             lambda: layers.MoE(
                 4, 5, router=routers.TopKRouter(4, losses=ALL), routing_level="example"
             ),
-            "'token' where there is a sequence balance loss",
+            "'token' where there is a loss of each sequence",
         ),
         (
             lambda: routers.TopKRouter(4, losses={"local_entropy": -1}),

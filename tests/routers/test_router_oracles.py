@@ -25,9 +25,15 @@ COEFFICIENTS = {
     "sequence_balance": 0.8,
     "local_entropy": 0.9,
     "global_entropy": 1.1,
+    "first_choice_balance": 0.65,
+    "sequence_importance": 0.45,
+    "sequence_load": 0.35,
 }
 # The losses that are off unless they have a coefficient, whatever it is.
-ALL_LOSSES = dict.fromkeys(["sequence_balance", "local_entropy", "global_entropy"], 1.0)
+ALL_LOSSES = dict.fromkeys(
+    ["sequence_balance", "first_choice_balance", "local_entropy", "global_entropy"], 1.0
+)
+OF_SEQUENCES = {"sequence_importance": 1.0, "sequence_load": 1.0}
 BIAS = np.array([0.4, -0.3, 0.0, 0.2, -0.5, 0.1])
 PENALTY = 0.25
 VOCABULARY = 11
@@ -95,6 +101,11 @@ def with_all_losses(make, rule, sequences, is_noisy=False, **settings):
     return Case(lambda: make(losses=ALL_LOSSES), rule, settings, is_noisy, sequences)
 
 
+def of_sequences(make, rule, sequences, **settings):
+    rule = oracle.with_losses_of_sequences(rule, sequences)
+    return Case(lambda: make(losses=OF_SEQUENCES), rule, settings, True, sequences)
+
+
 def dselect(k, num_experts=E, static=False, gamma=4.0):
     settings = {"k": k, "num_experts": num_experts, "gamma": gamma, "static": static}
     return Case(
@@ -134,7 +145,7 @@ CASES = {
     "relu_at_most_3": relu(1, 3),
     "dselect_1": dselect(1),
     "dselect_2_of_8": dselect(2, 8),
-    "dselect_2_narrow": dselect(2, gamma=1.0),
+    "dselect_2_narrow": dselect(2, 8, gamma=1.0),
     "dselect_3_static": dselect(3, static=True),
     "dselect_1_of_1": dselect(1, 1),
     "dselect_3_of_3": dselect(3, 3),
@@ -193,6 +204,19 @@ CASES = {
     ),
     "noisy_top_2_all_losses_3_sequences": with_all_losses(
         lambda **more: routers.NoisyTopKRouter(E, 2, **more), oracle.noisy_top_k, 3, True, k=2
+    ),
+    "noisy_top_2_of_3_sequences": of_sequences(
+        lambda **more: routers.NoisyTopKRouter(E, 2, **more), oracle.noisy_top_k, 3, k=2
+    ),
+    "noisy_top_all_of_9_sequences": of_sequences(
+        lambda **more: routers.NoisyTopKRouter(E, E, **more), oracle.noisy_top_k, 9, k=E
+    ),
+    "batch_priority_of_3_sequences": of_sequences(
+        lambda **more: routers.BatchPriorityRouter(E, 2, noise_std=1.5, **more),
+        oracle.batch_priority,
+        3,
+        k=2,
+        std=1.5,
     ),
     "uniform": Case(lambda: routers.UniformRouter(E), oracle.uniform, {"num_experts": E}),
 }
