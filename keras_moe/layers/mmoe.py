@@ -10,6 +10,7 @@ from keras import ops
 from keras_moe.core import checks, numerics
 from keras_moe.core.initializers import derived_seed, reseeded
 from keras_moe.core.loading import NamesSizes
+from keras_moe.core.pytorch import without_autocast
 from keras_moe.core.records import GateRouting
 from keras_moe.core.types import (
     Activation,
@@ -26,6 +27,7 @@ from keras_moe.layers.freezing import FreezesParts, freeze_parts
 from keras_moe.layers.rematerialization import RematerializesExperts
 from keras_moe.layers.sublayers import adopt, build_once, config_of, name_or_default
 from keras_moe.layers.tokens import flat_mask, zero_where_padded
+from keras_moe.routers.loss_weights import refuse_loss_weights
 from keras_moe.routers.softmax_gate import SoftmaxGate
 
 
@@ -43,15 +45,16 @@ class MMoE(FreezesParts, RematerializesExperts, NamesSizes):
         expert_units: Positive integer or a sequence of them, the width of each expert layer.
         tasks: Positive integer, for a list of outputs, or a sequence of names, for a dict.
         activation: Activation of every expert layer. Defaults to `"relu"`.
-        use_bias: Whether experts have biases. Linear gates have none. Defaults to `True`.
+        use_bias: Whether experts have biases. Defaults to `True`.
         dropout: Float in [0, 1), dropout after each expert layer. Defaults to `0.0`.
         gate: `"softmax"`, a config or a `keras_moe.routers.SoftmaxGate`, which then brings its own
-            dropout. Defaults to `"softmax"`.
+            dropout and bias. Defaults to `"softmax"`.
         gate_units: Sequence of positive integers, hidden layers of each gate with `activation` and
             biases; empty for linear gates (the paper's). Defaults to `()`.
         gate_dropout: Float in [0, 1), the probability that in training an expert is left out of a
             gate, whose other weights are scaled to sum to 1. Zhao et al. 2019 use 0.1 against gates
             that settle on one expert. Defaults to `0.0`.
+        gate_use_bias: Whether each gate has a bias per expert. Defaults to `False` (the paper's).
         kernel_initializer: Initializer of one expert's kernels. Defaults to `"glorot_uniform"`.
         bias_initializer: Initializer of one expert's biases. Defaults to `"zeros"`.
         gate_initializer: Initializer of one task's gate kernel. Defaults to `"glorot_uniform"`.
@@ -113,6 +116,7 @@ class MMoE(FreezesParts, RematerializesExperts, NamesSizes):
         gate: SoftmaxGate | str | Config = "softmax",
         gate_units: Sequence[int] = (),
         gate_dropout: float = 0.0,
+        gate_use_bias: bool = False,
         kernel_initializer: InitializerLike = "glorot_uniform",
         bias_initializer: InitializerLike = "zeros",
         gate_initializer: InitializerLike = "glorot_uniform",
@@ -125,6 +129,7 @@ class MMoE(FreezesParts, RematerializesExperts, NamesSizes):
         name: str | None = None,
         **kwargs: Any,
     ) -> None:
+        refuse_loss_weights(type(self), kwargs)
         super().__init__(name=name_or_default(name, "mmoe"), **kwargs)
         self.num_experts = checks.positive_int("num_experts", num_experts)
         self.expert_units = checked_units("expert_units", expert_units)
@@ -134,6 +139,7 @@ class MMoE(FreezesParts, RematerializesExperts, NamesSizes):
         is_linear = isinstance(gate_units, Sequence) and not gate_units
         self.gate_units = () if is_linear else checked_units("gate_units", gate_units)
         self.gate_dropout = checks.rate("gate_dropout", gate_dropout)
+        self.gate_use_bias = bool(gate_use_bias)
         self.gate_initializer = keras.initializers.get(gate_initializer)
         self.gate_regularizer = keras.regularizers.get(gate_regularizer)
         self.seed = checks.optional(checks.integer, "seed", seed)
@@ -183,6 +189,7 @@ class MMoE(FreezesParts, RematerializesExperts, NamesSizes):
                 self.num_experts,
                 self.num_tasks,
                 dropout=self.gate_dropout,
+                use_bias=self.gate_use_bias,
                 kernel_initializer=self.gate_initializer,
                 kernel_regularizer=self.gate_regularizer,
                 seed=self.seed,
@@ -192,6 +199,12 @@ class MMoE(FreezesParts, RematerializesExperts, NamesSizes):
             gate = keras.saving.deserialize_keras_object(gate)
         if not isinstance(gate, SoftmaxGate):
             checks.fail("`gate` must be one of ['softmax'] or a `SoftmaxGate`.", gate=gate)
+        if self.gate_use_bias:
+            checks.fail(
+                "`gate_use_bias` must be False where `gate` is an object, which brings its own: "
+                "`SoftmaxGate(..., use_bias=True)`.",
+                gate_use_bias=True,
+            )
         if (gate.num_experts, gate.num_tasks) != (self.num_experts, self.num_tasks):
             checks.fail(
                 f"`gate` must have num_experts={self.num_experts}, num_tasks={self.num_tasks}.",
@@ -236,7 +249,8 @@ class MMoE(FreezesParts, RematerializesExperts, NamesSizes):
         # The sum over experts is taken in float32 at least, (n, t, e) @ (n, e, out).
         wide = keras.backend.result_type(self.compute_dtype, "float32")
         expert_outputs = ops.cast(ops.transpose(expert_outputs, (1, 0, 2)), wide)
-        mixed = ops.matmul(ops.cast(routing.weights, wide), expert_outputs)
+        with without_autocast():
+            mixed = ops.matmul(ops.cast(routing.weights, wide), expert_outputs)
         mixed = ops.cast(mixed, self.compute_dtype)
         if token_mask is not None:
             mixed = ops.where(token_mask[:, None, None], mixed, ops.zeros_like(mixed))
@@ -347,6 +361,7 @@ class MMoE(FreezesParts, RematerializesExperts, NamesSizes):
             "gate": self._gate_argument if is_named else config_of(self.gates),
             "gate_units": list(self.gate_units),
             "gate_dropout": self.gate_dropout,
+            "gate_use_bias": self.gate_use_bias,
             "gate_initializer": keras.initializers.serialize(self.gate_initializer),
             "gate_regularizer": keras.regularizers.serialize(self.gate_regularizer),
             "seed": self.seed,

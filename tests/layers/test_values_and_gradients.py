@@ -464,8 +464,11 @@ def test_soft_moe_any_rank(shape):
     ("tasks", "gate_units"),
     [(1, ()), (3, (5,)), (("like", "click"), ()), (("like", "click"), (5, 3))],
 )
-def test_mmoe(tasks, gate_units):
-    check_mmoe({"tasks": tasks, "gate_units": gate_units}, (9, 4))
+@pytest.mark.parametrize("gate_use_bias", [False, True])
+def test_mmoe(tasks, gate_units, gate_use_bias):
+    arguments = {"tasks": tasks, "gate_units": gate_units, "gate_use_bias": gate_use_bias}
+    layer = check_mmoe(arguments, (9, 4))
+    assert ("gates/bias" in helpers.weights_of(layer)) == gate_use_bias
 
 
 @pytest.mark.parametrize("activation", ["gelu", "silu"])
@@ -514,6 +517,7 @@ def check_mmoe(arguments, shape, activation="relu", mask=None):
     helpers.assert_close(np.stack(by_task((outputs,))), expected, "outputs")
     helpers.assert_close(routing.weights, gates, "gates")
     helpers.assert_all_close(gradients, expected_gradients)
+    return layer
 
 
 # === The bank itself ===
