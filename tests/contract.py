@@ -502,6 +502,8 @@ def check_bad_inputs(case: Case) -> None:
 
 def _without_drops(case: Case) -> dict[str, Any]:
     """Padding counts in N, so capacity grows with it: enough slots for all make the two equal."""
+    if case.arguments.get("capacity") is not None:
+        return {"capacity": 1000}
     if case.arguments.get("capacity_factor") is None:
         return {}
     return {"capacity_factor": 100.0, "eval_capacity_factor": None}

@@ -18,6 +18,7 @@ from keras_moe.dispatch.lookup import LookupDispatcher
 from keras_moe.dispatch.padded_blocks import PaddedBlocksDispatcher, is_for_export
 from keras_moe.dispatch.slots import SlotsDispatcher
 from keras_moe.dispatch.walk import WalkDispatcher
+from keras_moe.dispatch.weighed_inputs import WeighedInputs
 
 DISPATCHERS: dict[str, type[Dispatcher]] = {
     dispatcher.name: dispatcher
@@ -73,6 +74,7 @@ class Sizes(NamedTuple):
         dtype: of the tokens.
         training: whether gradients are taken.
         like: a tensor on the device that the call runs on.
+        weighs_inputs: whether weights multiply what experts read.
     """
 
     tokens: Size | None
@@ -81,6 +83,14 @@ class Sizes(NamedTuple):
     dtype: str
     training: bool
     like: Tensor
+    weighs_inputs: bool = False
+
+    def of_rows(self) -> "Sizes":
+        """The sizes that a dispatcher sees: weighed tokens are as many as the assignments."""
+        if not self.weighs_inputs:
+            return self
+        tokens = None if self.tokens is None else self.tokens * self.top_k
+        return self._replace(tokens=tokens, top_k=1)
 
 
 def get(
@@ -131,6 +141,13 @@ def choose(asked: Dispatcher | None, experts: ExpertBank, sizes: Sizes) -> Dispa
         experts: the bank.
         sizes: of the call.
     """
+    if isinstance(asked, ExpertChoiceDispatcher):
+        return ExpertChoiceDispatcher(sizes.weighs_inputs)
+    taken = _choose(asked, experts, sizes.of_rows())
+    return WeighedInputs(taken) if sizes.weighs_inputs else taken
+
+
+def _choose(asked: Dispatcher | None, experts: ExpertBank, sizes: Sizes) -> Dispatcher:
     dispatcher, is_bank = asked, takes_rows(experts)
     if dispatcher is None and sizes.slots is not None:
         dispatcher = DISPATCHERS[_best_at_capacity(experts, is_bank, sizes)]()
@@ -145,7 +162,7 @@ def choose(asked: Dispatcher | None, experts: ExpertBank, sizes: Sizes) -> Dispa
 
 def plan(asked: Dispatcher | None, experts: ExpertBank, sizes: Sizes) -> DispatchPlan:
     """Describes what `choose` takes for a known number of tokens."""
-    taken = choose(asked, experts, sizes)
+    taken, sizes = choose(asked, experts, sizes), sizes.of_rows()
     tokens, slots = int(sizes.tokens), sizes.slots  # type: ignore[arg-type]
     if slots is not None and taken.name in _OF_SLOTS:
         overhead = float(slots) / (tokens * sizes.top_k)

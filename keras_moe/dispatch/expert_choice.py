@@ -5,9 +5,11 @@ from typing import NamedTuple
 import keras
 from keras import ops
 
+from keras_moe.core.numerics import LOWEST
 from keras_moe.core.records import Routing
-from keras_moe.core.types import Size, Tensor
+from keras_moe.core.types import Config, Size, Tensor
 from keras_moe.dispatch.dispatcher import Dispatcher, ExpertBank, needed
+from keras_moe.dispatch.layout import wide_dtype
 
 
 class ChosenPlacement(NamedTuple):
@@ -31,10 +33,17 @@ class ExpertChoiceDispatcher(Dispatcher):
     It takes the record of a router that rates all experts, `(N, E)`. A token may be chosen by any
     number of experts, and adds exactly 0 where by none; padding fills no slot. Tokens come back by
     a sum over segments, whose order on a GPU is the platform's.
+
+    Args:
+        weighs_inputs: Whether weights multiply what experts read, and not what they give. Defaults
+            to `False`.
     """
 
     name = "expert_choice"
     needs_capacity = True
+
+    def __init__(self, weighs_inputs: bool = False) -> None:
+        self.weighs_inputs = bool(weighs_inputs)
 
     def place(
         self, routing: Routing, num_experts: int, capacity: Size | None = None, groups: Size = 1
@@ -63,29 +72,38 @@ class ExpertChoiceDispatcher(Dispatcher):
             return ops.reshape(empty, (0, empty.shape[-1]))
         rows = ops.take(tokens, ops.reshape(source, (-1,)), axis=0)
         rows = ops.reshape(rows, (num_experts, ops.shape(source)[1], width))
-        outputs = experts(rows, training=training)
-        dtype = keras.backend.standardize_dtype(outputs.dtype)
-        wide = keras.backend.result_type(dtype, "float32")
         weights = ops.take_along_axis(ops.transpose(weights), source, axis=1)
+        if self.weighs_inputs:
+            rows = _weighed(rows, weights)
+        outputs = experts(rows, training=training)
         # An empty slot holds some token; where that gives NaN, 0 times it would too.
-        outputs = ops.where(is_filled[..., None], ops.cast(outputs, wide), 0.0)
-        weighted = outputs * ops.cast(ops.expand_dims(weights, -1), wide)
-        weighted = ops.reshape(weighted, (-1, outputs.shape[-1]))
-        sums = ops.segment_sum(weighted, ops.reshape(source, (-1,)), num_segments=count)
-        return ops.cast(sums, dtype)
+        sums = ops.where(is_filled[..., None], ops.cast(outputs, wide_dtype(outputs)), 0.0)
+        if not self.weighs_inputs:
+            sums = _weighed(sums, weights)
+        sums = ops.reshape(sums, (-1, outputs.shape[-1]))
+        sums = ops.segment_sum(sums, ops.reshape(source, (-1,)), num_segments=count)
+        return ops.cast(sums, outputs.dtype)
+
+    def get_config(self) -> Config:
+        return {"weighs_inputs": self.weighs_inputs}
+
+
+def _weighed(rows: Tensor, weights: Tensor) -> Tensor:
+    """Rows `(E, C, width)` times their weights `(E, C)`, in their dtype, from float32 at least."""
+    wide = wide_dtype(rows)
+    return ops.cast(ops.cast(rows, wide) * ops.cast(weights[..., None], wide), rows.dtype)
 
 
 def _choose(
     routing: Routing, num_experts: int, capacity: Size, groups: Size
 ) -> tuple[Tensor, Tensor]:
     """Each expert's tokens `(E, groups * C)`, best first in a group, and which slots are filled."""
-    lowest = -float("inf")
     is_open = ops.logical_and(routing.kept, ops.isfinite(routing.weights))
-    scores = ops.where(is_open, ops.stop_gradient(routing.weights), lowest)
+    scores = ops.where(is_open, ops.stop_gradient(routing.weights), LOWEST)
     scores = ops.reshape(ops.transpose(scores), (num_experts, groups, -1))
     # A sort, since `ops.top_k` breaks ties as it likes on torch.
     place = ops.cast(ops.argsort(-scores, axis=-1), "int32")[..., :capacity]
-    is_filled = ops.take_along_axis(scores, place, axis=-1) > lowest
+    is_filled = ops.take_along_axis(scores, place, axis=-1) > LOWEST
     size = ops.shape(scores)[-1]
     first = ops.expand_dims(ops.arange(groups, dtype="int32") * size, -1)
     shape = (num_experts, groups * capacity)

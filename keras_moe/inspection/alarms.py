@@ -76,9 +76,14 @@ def alarms(layer: keras.layers.Layer, counts: Counts) -> Iterator[Alarm]:
         yield Alarm(
             "drops",
             f"{100 * values['dropped']:.0f} % of the assignments are dropped. Try a larger "
-            f"`capacity_factor`, `capacity_factor=None`, or {balances}.",
+            f"`{_limit(layer)}`, `{_limit(layer)}=None`, or {balances}.",
         )
     yield from _polarised(layer, amounts)
+
+
+def _limit(layer: keras.layers.Layer) -> str:
+    """The argument that limits what an expert takes."""
+    return "capacity_factor" if layer.capacity is None else "capacity"
 
 
 def _polarised(layer: keras.layers.Layer, amounts: Array) -> Iterator[Alarm]:

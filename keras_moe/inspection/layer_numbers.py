@@ -33,7 +33,7 @@ def layer_numbers(
 
 def has_capacity(layer: keras.layers.Layer) -> bool:
     """Whether a layer can drop assignments."""
-    return getattr(layer, "capacity_factor", None) is not None
+    return bool(getattr(layer, "has_capacity", False))
 
 
 def task_names(layer: keras.layers.Layer) -> list[str]:

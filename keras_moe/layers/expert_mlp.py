@@ -26,6 +26,7 @@ from keras_moe.dispatch import backend
 from keras_moe.dispatch.grouped import grouped_walk
 from keras_moe.dispatch.layout import Rows, Stage
 from keras_moe.layers.sublayers import name_or_default
+from keras_moe.routers.loss_weights import refuse_loss_weights
 
 _MANY_ROWS = 512  # from here on a plain matmul per expert beats a batched one on a CPU
 
@@ -117,6 +118,7 @@ class ExpertMLP(SavesSeed):
         name: str | None = None,
         **kwargs: Any,
     ) -> None:
+        refuse_loss_weights(type(self), kwargs)
         super().__init__(name=name_or_default(name, "expert_mlp"), **kwargs)
         self.num_experts = checks.positive_int("num_experts", num_experts)
         self._units = _checked_widths(units)

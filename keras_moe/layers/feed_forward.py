@@ -24,6 +24,8 @@ from keras_moe.layers.freezing import FreezesParts
 from keras_moe.layers.layer_experts import LayerExperts
 from keras_moe.layers.rematerialization import RematerializesExperts
 from keras_moe.layers.sublayers import adopt, build_once, config_of
+from keras_moe.routers import Router
+from keras_moe.routers.loss_weights import refuse_loss_weights
 
 _NAMED_EXPERTS = {"mlp": False, "glu": True}  # name -> gated
 
@@ -50,6 +52,8 @@ class ExpertFeedForward(FreezesParts, RematerializesExperts, NamesSizes):
         describes_others: Whether the layer makes other experts, which these arguments describe too.
     """
 
+    _rule: type[Router] | None = None  # a router that brings losses
+
     def __init__(
         self,
         num_experts: int,
@@ -70,6 +74,7 @@ class ExpertFeedForward(FreezesParts, RematerializesExperts, NamesSizes):
         describes_others: bool = False,
         **kwargs: Any,
     ) -> None:
+        refuse_loss_weights(type(self), kwargs, self._rule)
         super().__init__(**kwargs)
         self.num_experts = checks.positive_int("num_experts", num_experts)
         self.hidden_dim = checks.optional(checks.positive_int, "hidden_dim", hidden_dim)

@@ -16,6 +16,7 @@ from keras_moe.dispatch import backend
 from keras_moe.layers.freezing import freeze_parts
 from keras_moe.layers.rematerialization import keep_from_remat
 from keras_moe.layers.sublayers import adopt, build_by_call, check_free, config_of
+from keras_moe.routers.loss_weights import refuse_loss_weights
 
 _NUM_EXPERTS = "num_experts"  # in a file
 # How far the seeds of blocks, and those of calls, lie apart: multiples of these two fractions of
@@ -66,6 +67,7 @@ class LayerExperts(KeepsArguments):
         copy_weights: bool = False,
         **kwargs: Any,
     ) -> None:
+        refuse_loss_weights(type(self), kwargs)
         super().__init__(**kwargs)
         self.num_experts = checks.positive_int("num_experts", num_experts)
         if isinstance(experts, keras.layers.Layer):

@@ -1,5 +1,6 @@
 """The sparse mixture-of-experts layer."""
 
+import dataclasses
 import math
 from contextlib import nullcontext
 from functools import partial
@@ -11,8 +12,9 @@ from keras.src.backend import get_keras_mask
 
 from keras_moe import routers
 from keras_moe.core import checks
+from keras_moe.core.capacity import capacity_of
 from keras_moe.core.exporting import exporting
-from keras_moe.core.numerics import as_float, slots_per_expert
+from keras_moe.core.numerics import as_float
 from keras_moe.core.records import Routing
 from keras_moe.core.types import (
     Activation,
@@ -33,6 +35,7 @@ from keras_moe.layers.expert_mlp import ExpertMLP
 from keras_moe.layers.feed_forward import ExpertFeedForward
 from keras_moe.layers.freezing import freeze_parts
 from keras_moe.layers.losses import AddsRouterLosses
+from keras_moe.layers.router_checks import check_router
 from keras_moe.layers.sublayers import adopt, build_once, check_free, config_of, name_or_default
 from keras_moe.layers.tokens import (
     flat_mask,
@@ -43,6 +46,7 @@ from keras_moe.layers.tokens import (
     zero_where_padded,
 )
 
+_WEIGHED = ("inputs", "outputs")
 _LEVELS = ("token", "example")
 _GROUPS = ("batch", "example")
 
@@ -74,16 +78,22 @@ class MoE(AddsRouterLosses, ExpertFeedForward):
             experts. Defaults to `"mlp"`.
         num_shared_experts: Integer of at least 0, experts that every token passes through, added
             unweighted. Defaults to `0`.
+        weigh: `"outputs"`: a token's weights multiply what experts give; `"inputs"`: what they read
+            (Llama 4), y[n] = sum_j expert_{experts[n,j]}(weights[n,j] x[n]). Defaults to
+            `"outputs"`.
+        capacity: Positive integer or None. Slots per expert C of each capacity group, at most its
+            tokens; what does not fit is dropped. Not with a `capacity_factor`. Defaults to `None`.
         capacity_factor: Positive float or None. Slots per expert C =
-            ceil(capacity_factor * k * N / E), N the tokens of the capacity group, padding included;
-            what does not fit is dropped. None drops nothing; where experts choose their tokens it
-            is 1. Defaults to `None`.
+            ceil(capacity_factor * k * N / E), N the tokens of the capacity group, padding included.
+            With neither, nothing is dropped; where experts choose their tokens the factor is then
+            1. Defaults to `None`.
         eval_capacity_factor: The same at inference; None for the same as in training. Defaults to
             `None`.
         output_dim: Positive integer, the output width; None for the inputs' width d. Defaults to
             `None`.
         activation: Activation of the experts' hidden layer. Defaults to `"gelu"`.
-        use_bias: Whether experts have biases. The router has none. Defaults to `True`.
+        use_bias: Whether experts have biases; the router's is its own `use_bias`. Defaults to
+            `True`.
         dropout: Float in [0, 1), dropout after the experts' hidden layer. Defaults to `0.0`.
         balance_weight: Coefficient of the balance loss, which is 1 at perfect balance, of a named
             router that has one; None for the router's own, 0.01 (Switch) unless it balances
@@ -145,6 +155,7 @@ class MoE(AddsRouterLosses, ExpertFeedForward):
 
     parts = ("router", "experts", "shared_experts")
     AXES = (("load", "limbs", "num_experts"),)
+    _rule: type[routers.Router] | None = routers.TopKRouter
 
     def __init__(
         self,
@@ -155,6 +166,8 @@ class MoE(AddsRouterLosses, ExpertFeedForward):
         router: routers.Router | str | Config = "top_k",
         experts: ExpertsLike = "mlp",
         num_shared_experts: int = 0,
+        weigh: str = "outputs",
+        capacity: int | None = None,
         capacity_factor: float | None = None,
         eval_capacity_factor: float | None = None,
         output_dim: int | None = None,
@@ -196,7 +209,10 @@ class MoE(AddsRouterLosses, ExpertFeedForward):
             **kwargs,
         )
         self._set_shared_experts(num_shared_experts)
-        self._set_capacity(capacity_factor, eval_capacity_factor)
+        self.weigh = checks.one_of("weigh", weigh, _WEIGHED)
+        self._capacity = capacity_of(capacity, capacity_factor, eval_capacity_factor)
+        self.capacity, self.capacity_factor = self._capacity.slots, self._capacity.factor
+        self.eval_capacity_factor = self._capacity.eval_factor
         self._set_levels(routing_level, capacity_group)
         self._set_router(router, top_k, balance_weight, z_loss_weight)
         self._set_dispatcher(dispatch)
@@ -212,18 +228,6 @@ class MoE(AddsRouterLosses, ExpertFeedForward):
             checks.fail(
                 "`hidden_dim` must be a positive integer where there are shared experts.",
                 hidden_dim=None,
-            )
-
-    def _set_capacity(self, factor: float | None, eval_factor: float | None) -> None:
-        self.capacity_factor = checks.optional(checks.positive, "capacity_factor", factor)
-        self.eval_capacity_factor = checks.optional(
-            checks.positive, "eval_capacity_factor", eval_factor
-        )
-        if factor is None and eval_factor is not None:
-            checks.fail(
-                "`eval_capacity_factor` needs a `capacity_factor`; without one the layer drops "
-                "nothing.",
-                eval_capacity_factor=eval_factor,
             )
 
     def _set_levels(self, routing_level: str, capacity_group: str) -> None:
@@ -257,39 +261,18 @@ class MoE(AddsRouterLosses, ExpertFeedForward):
             router,
             num_experts=self.num_experts,
             **arguments,
+            capacity=self.capacity,
             capacity_factor=self.capacity_factor,
             eval_capacity_factor=self.eval_capacity_factor,
             seed=self.seed,
         )
-        factors = [f for f in (self.capacity_factor, self.eval_capacity_factor) if f is not None]
-        if router.chooses_all and min(factors, default=1.0) < 1.0:
-            checks.fail(
-                "`capacity_factor` must be None, or at least 1, with a router that sends every "
-                "token to all experts.",
-                capacity_factor=self.capacity_factor,
-            )
-        for is_so, why in (
-            (router.chooses_tokens, "experts choose their tokens"),
-            (router.has_capacity, "the router has a capacity of its own"),
-            (router.needs_token_ids, "the router reads token ids"),
-            (router.loss_weights.get("sequence_balance"), "there is a sequence balance loss"),
-        ):
-            if is_so and self.routing_level == "example":
-                checks.fail(
-                    f"`routing_level` must be 'token' where {why}.",
-                    routing_level=self.routing_level,
-                )
-        if router.has_capacity and self.capacity_group == "example":
-            checks.fail(
-                "`capacity_group` must be 'batch' where the router has a capacity of its own.",
-                capacity_group=self.capacity_group,
-            )
+        check_router(router, self._capacity, self.routing_level, self.capacity_group)
 
     def _set_dispatcher(self, dispatch: Dispatcher | str | Config) -> None:
         self._dispatch_argument = dispatch
         self.dispatcher: Dispatcher | None = choose.get(
             dispatch,
-            has_capacity=self.capacity_factor is not None,
+            has_capacity=self.has_capacity,
             chooses_tokens=self.router.chooses_tokens,
         )
 
@@ -379,7 +362,7 @@ class MoE(AddsRouterLosses, ExpertFeedForward):
         more = {}
         if self.router.needs_token_ids:
             more["token_ids"] = token_ids
-        if self.router.loss_weights.get("sequence_balance"):
+        if self.router.reads_sequences:
             more["num_sequences"] = axes[0]
         decision = self.router(tokens, mask=mask, training=training, **more)
         return decision, decision
@@ -388,7 +371,7 @@ class MoE(AddsRouterLosses, ExpertFeedForward):
         self, tokens: Tensor, routing: Routing, axes: Axes, training: bool | None
     ) -> tuple[Tensor, Tensor]:
         """Returns the experts' weighted sums and the kept assignments."""
-        capacity = self._capacity(axes, training)
+        capacity = self._slots_per_expert(axes, training)
         groups = axes[0] if self.capacity_group == "example" else 1
         if capacity is not None and self.router.serves_best_first:
             kept = kept_best_first(routing, self.num_experts, capacity, groups)
@@ -401,6 +384,7 @@ class MoE(AddsRouterLosses, ExpertFeedForward):
             dtype=self.compute_dtype,
             training=bool(training),
             like=tokens,
+            weighs_inputs=self.weigh == "inputs",
         )
         dispatcher = choose.choose(self.dispatcher, self.experts, sizes)
         placement = dispatcher.place(routing, self.num_experts, capacity, groups)
@@ -408,18 +392,13 @@ class MoE(AddsRouterLosses, ExpertFeedForward):
         run = partial(dispatcher.run, placement=placement, experts=self.experts, training=training)
         return self._call_experts(run, tokens, routing.weights), placement.kept
 
-    def _capacity(self, axes: Axes, training: bool | None) -> Size | None:
-        """C = ceil(capacity_factor k N / E), at most N since no token needs an expert twice."""
-        factor = self.capacity_factor
-        if not training and self.eval_capacity_factor is not None:
-            factor = self.eval_capacity_factor
-        if factor is None and self.router.chooses_tokens:
-            factor = 1.0
-        if factor is None:
-            return None
-        group = axes if self.capacity_group == "batch" else axes[1:]
-        per_token = factor * self.router.experts_per_token / self.num_experts
-        return slots_per_expert(per_token, math.prod(group))
+    def _slots_per_expert(self, axes: Axes, training: bool | None) -> Size | None:
+        """C, or None where nothing is dropped."""
+        count = math.prod(axes if self.capacity_group == "batch" else axes[1:])
+        capacity = self._capacity
+        if self.router.chooses_tokens and not self.has_capacity:
+            capacity = dataclasses.replace(capacity, factor=1.0)
+        return capacity.of(count, self.router.experts_per_token / self.num_experts, training)
 
     def _returned_routing(self, decision: Routing, routing: Routing, axes: Axes) -> Routing:
         """The record with the axes of the inputs, or of whole examples where these are routed."""
@@ -436,8 +415,14 @@ class MoE(AddsRouterLosses, ExpertFeedForward):
     # === What is seen, and what may change ===
 
     @property
+    def has_capacity(self) -> bool:
+        """Whether there is a limit to what an expert takes, so that assignments can be dropped."""
+        return self.capacity is not None or self.capacity_factor is not None
+
+    @property
     def top_k(self) -> int:
         """Experts per token. Fewer than the layer was made with may be set, as for inference.
+
 
         A compiled function keeps what it was compiled with: compile the model again. A saved model
         has the number that the layer was made with.
@@ -473,7 +458,7 @@ class MoE(AddsRouterLosses, ExpertFeedForward):
             training: Whether gradients are taken. Defaults to `True`.
         """
         count = checks.positive_int("n_tokens", n_tokens)
-        capacity = self._capacity((1, count), training)
+        capacity = self._slots_per_expert((1, count), training)
         sizes = choose.Sizes(
             count,
             self.router.experts_per_token,
@@ -481,6 +466,7 @@ class MoE(AddsRouterLosses, ExpertFeedForward):
             dtype=self.compute_dtype,
             training=training,
             like=ops.zeros(()),
+            weighs_inputs=self.weigh == "inputs",
         )
         return choose.plan(self.dispatcher, self.experts, sizes)
 
@@ -512,6 +498,8 @@ class MoE(AddsRouterLosses, ExpertFeedForward):
             **self._router_arguments,
             "router": router,
             "num_shared_experts": self.num_shared_experts,
+            "weigh": self.weigh,
+            "capacity": self.capacity,
             "capacity_factor": self.capacity_factor,
             "eval_capacity_factor": self.eval_capacity_factor,
             "routing_level": self.routing_level,

@@ -21,9 +21,10 @@ class SwitchFFN(MoE):
         num_experts: Positive integer, the number of experts E.
         hidden_dim: Positive integer, the hidden width h of each expert. Only `None` where `experts`
             are Keras layers. Defaults to `None`.
-        capacity_factor: Slots per expert over N / E in training. Defaults to `1.25`.
-        eval_capacity_factor: The same at inference; unused where `capacity_factor` is None, which
-            drops nothing. Defaults to `2.0`.
+        capacity_factor: Slots per expert over N / E in training; None drops nothing, or leaves it
+            to `capacity`. Defaults to `1.25`.
+        eval_capacity_factor: The same at inference; unused where `capacity_factor` is None.
+            Defaults to `2.0`.
         jitter: Half-width of the multiplicative noise on the router's input in training. Defaults
             to `0.01`.
         balance_weight: Coefficient of the balance loss. Defaults to `0.01`.
@@ -44,6 +45,8 @@ class SwitchFFN(MoE):
     Reference:
         Fedus et al. 2021, "Switch Transformers", section 2 and table 9.
     """
+
+    _rule = SwitchRouter
 
     def __init__(
         self,

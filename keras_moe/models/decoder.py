@@ -84,9 +84,9 @@ def decoder(
             returns a new layer from `(batch, n, width)` to the same, which mixes no tokens and
             supports masks; a `MoE` whose router reads token ids gets them. Defaults to `"dense"`.
         feed_forward_arguments: Arguments of the `MoE` or `SwitchFFN` of that name, such as
-            `{"num_experts": 8}`, which they need. With a `capacity_factor`, whether a token finds
-            room depends on the tokens before it and on the batch; None, as `MoE` has it, drops
-            nothing. Defaults to `None`.
+            `{"num_experts": 8}`, which they need. With a capacity, whether a token finds room
+            depends on the tokens before it and on the batch; without, as `MoE` has it, nothing is
+            dropped. Defaults to `None`.
         moe_layers: The blocks that take `feed_forward`: an integer n for every n-th block (1 for
             all, as Mixtral has them; 2 for Switch's and Llama 4 Maverick's interleaving),
             `"last_half"`, or a sequence of indices from 0. Defaults to `1`.
@@ -182,4 +182,4 @@ def _looks_ahead(layer: keras.layers.Layer) -> str | None:
         return None
     if layer.routing_level == "example":
         return '`routing_level="example"` routes by the mean of all tokens'
-    return layer.router.looks_ahead(has_capacity=layer.capacity_factor is not None)
+    return layer.router.looks_ahead(has_capacity=layer.has_capacity)

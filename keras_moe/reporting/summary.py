@@ -8,6 +8,7 @@ import keras
 from keras_moe.flops.active_parameters import active_parameters
 from keras_moe.inspection.alarms import alarms, can_be_judged
 from keras_moe.inspection.health import Counts, amounts_of, health
+from keras_moe.inspection.layer_numbers import has_capacity
 
 HEALTHY = "No alarm."
 UNJUDGED = "Too few tokens to judge: chance alone leaves experts out."
@@ -74,7 +75,7 @@ def summarize(name: str, layer: keras.layers.Layer, counts: Counts) -> Summary:
         parameters=all_parameters(layer),
         active=active_parameters(layer),
         counts=counts,
-        numbers=health(counts, getattr(layer, "capacity_factor", None) is not None),
+        numbers=health(counts, has_capacity(layer)),
         alarms=messages or (HEALTHY if is_judged else UNJUDGED,),
         is_well=not messages,
         is_judged=is_judged,

@@ -28,12 +28,16 @@ def reference(x, weights, mask, groups, capacity):
 
 def slopes(x, weights, mask, groups, capacity, cotangent, step=1e-6):
     """Central differences of sum(outputs * cotangent); who is chosen is constant near a point."""
-    at = {"inputs": x, **weights}
 
     def objective(arrays):
         own = {name: arrays[name] for name in weights}
         return np.sum(reference(arrays["inputs"], own, mask, groups, capacity)[0] * cotangent)
 
+    return slopes_of(objective, {"inputs": x, **weights}, step)
+
+
+def slopes_of(objective, at, step=1e-6):
+    """Central differences of a function of arrays by name."""
     result = {}
     for name, array in at.items():
         result[name] = np.zeros(array.shape)

@@ -1,5 +1,7 @@
 """A wrong argument fails in the constructor, with what is expected and what was received."""
 
+import re
+
 import keras
 import numpy as np
 import pytest
@@ -136,6 +138,41 @@ def test_what_a_refused_layer_was_given_is_still_free():
     with pytest.raises(ValueError, match="one layer only"):
         layers.LayerExperts([*others, dense[0]], 4)
     assert layers.LayerExperts([*others, dense[3]], 4).num_experts == 4
+
+
+HAVE_ROUTERS = {
+    "MoE": lambda **more: layers.MoE(4, 8, **more),
+    "SwitchFFN": lambda **more: layers.SwitchFFN(4, 8, **more),
+}
+WITHOUT_LOSSES = {
+    "SoftMoE": lambda **more: layers.SoftMoE(4, 8, **more),
+    "MMoE": lambda **more: layers.MMoE(4, 8, 2, **more),
+    "ExpertMLP": lambda **more: layers.ExpertMLP(4, 8, **more),
+    "LayerExperts": lambda **more: layers.LayerExperts(Dense(2), 4, **more),
+    "SoftRouter": lambda **more: routers.SoftRouter(4, **more),
+    "SoftmaxGate": lambda **more: routers.SoftmaxGate(4, 2, **more),
+}
+LOSSES = sorted({each for rule in vars(routers).values() for each in getattr(rule, "LOSSES", ())})
+
+
+@pytest.mark.parametrize("loss", [each for each in LOSSES if each not in ("balance", "z_loss")])
+@pytest.mark.parametrize("name", HAVE_ROUTERS)
+def test_the_coefficient_of_a_loss_belongs_to_the_router(name, loss):
+    """The message says what to write, and that works."""
+    with pytest.raises(ValueError, match=f"`{name}` has no `{loss}_weight`") as error:
+        HAVE_ROUTERS[name](**{f"{loss}_weight": 0.25})
+    assert f"Received: {loss}_weight=0.25" in str(error.value)
+    call = re.search(r"router=(\w+\(.*?\}\))\)`", str(error.value))[1]
+    router = eval(call, {**vars(routers), "num_experts": 4})
+    assert layers.MoE(4, 8, router=router).router.loss_weights[loss] == 0.25
+
+
+@pytest.mark.parametrize("name", [*HAVE_ROUTERS, *WITHOUT_LOSSES])
+def test_a_coefficient_of_nothing(name):
+    argument = "capacity_weight" if name in HAVE_ROUTERS else "balance_weight"
+    why = "no router has that loss" if name in HAVE_ROUTERS else "it has no auxiliary losses"
+    with pytest.raises(ValueError, match=f"`{name}` has no `{argument}`: {why}. Received: "):
+        {**HAVE_ROUTERS, **WITHOUT_LOSSES}[name](**{argument: 0.5})
 
 
 class _NotFinite(keras.initializers.Initializer):

@@ -60,6 +60,31 @@ CASES = {
         2,
         losses=2,
     ),
+    "moe_weighed_inputs": Case(
+        layers.MoE,
+        {"num_experts": 4, "hidden_dim": 8, "weigh": "inputs", "capacity": 3},
+        5,
+        2,
+        losses=2,
+        is_rowwise=False,
+        is_batchwise=False,
+    ),
+    "moe_router_bias": Case(
+        layers.MoE,
+        {
+            "num_experts": 4,
+            "hidden_dim": 8,
+            "router": {
+                "module": "keras_moe.routers.top_k",
+                "class_name": "TopKRouter",
+                "config": {"num_experts": 4, "use_bias": True},
+                "registered_name": "keras_moe>TopKRouter",
+            },
+        },
+        6,
+        2,
+        losses=2,
+    ),
     "moe_dense": Case(
         layers.MoE, {"num_experts": 4, "hidden_dim": 8, "router": "dense"}, 5, 2, losses=1
     ),
@@ -246,8 +271,14 @@ CASES = {
     ),
     "mmoe_dict": Case(
         layers.MMoE,
-        {"num_experts": 4, "expert_units": 5, "tasks": ["click", "like"], "gate_units": [7]},
-        5,
+        {
+            "num_experts": 4,
+            "expert_units": 5,
+            "tasks": ["click", "like"],
+            "gate_units": [7],
+            "gate_use_bias": True,
+        },
+        6,
         3,
         output_dim=5,
     ),

@@ -37,6 +37,7 @@ def noisy_bank(**arguments):
 LAYERS = {
     "moe": lambda **kw: layers.MoE(4, 8, router="switch", seed=3, **kw),
     "capacity": lambda **kw: layers.MoE(4, 8, capacity_factor=0.75, **kw),
+    "weighed inputs": lambda **kw: layers.MoE(4, 8, weigh="inputs", **kw),
     "shared": lambda **kw: layers.MoE(4, 8, num_shared_experts=1, experts="glu", **kw),
     "switch": lambda **kw: layers.SwitchFFN(4, 8, jitter=0.5, seed=3, **kw),
     "soft": lambda **kw: layers.SoftMoE(4, 8, **kw),
