@@ -7,6 +7,8 @@ import numpy as np
 from keras import ops
 
 from keras_moe.core import checks, numerics
+from keras_moe.core.numerics import LOWEST
+from keras_moe.core.pytorch import is_recomputing
 from keras_moe.core.records import Routing, SoftRouting
 from keras_moe.core.types import Tensor
 
@@ -52,7 +54,8 @@ class RunningSums:
         values = ops.where(ops.isfinite(values), values, ops.zeros_like(values))
         low = self._limbs[1] + values
         carry = ops.floor(low / _BASE)
-        self._limbs.assign(ops.stack([self._limbs[0] + carry, low - carry * _BASE]))
+        if not is_recomputing():
+            self._limbs.assign(ops.stack([self._limbs[0] + carry, low - carry * _BASE]))
 
     def read(self) -> np.ndarray[Any, np.dtype[np.float64]]:
         """The sums since the last reset, float64."""
@@ -89,9 +92,8 @@ class RoutingCounts:
         """
         if decision.logits.shape[0] == 0:  # torch has no maximum of nothing
             return
-        log_p = ops.log_softmax(decision.logits, axis=-1)
-        p = ops.exp(log_p)
-        entropy = -ops.sum(p * log_p, axis=-1)
+        p = numerics.softmax(decision.logits)
+        entropy = numerics.entropy_of(p)
         # A token that is not finite has no entropy: it is left out of the mean.
         is_decided = ops.logical_and(ops.any(decision.asked, axis=-1), ops.isfinite(entropy))
         assignments = ops.sum(ops.cast(routing.asked, "float32"))
@@ -178,12 +180,13 @@ def _dispatch_range(dispatch: Tensor, mask: Tensor | None, visible: Tensor | Non
     if visible is None:
         visible = ops.ones_like(mass, dtype="bool")
     tokens = ops.sum(ops.cast(visible, "float32"), axis=-1)
-    least = ops.min(ops.where(visible, mass, float("inf")), axis=-1)
+    least = ops.min(ops.where(visible, mass, -LOWEST), axis=-1)
     most = ops.max(mass, axis=-1)
-    is_counted = ops.logical_and(ops.isfinite(least), ops.isfinite(most))
+    # Not where a token is not finite, nor where none is visible.
+    is_counted = ops.logical_and(least < -LOWEST, ops.isfinite(most))
     if is_causal and mask is not None:
         is_counted = ops.logical_and(is_counted, mask)
     return [
         ops.sum(ops.cast(is_counted, "float32")),
-        *(ops.sum(ops.where(is_counted, m * tokens / num_slots, 0.0)) for m in (least, most)),
+        *(ops.sum(ops.where(is_counted, m, 0.0) * tokens / num_slots) for m in (least, most)),
     ]
