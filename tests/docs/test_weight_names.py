@@ -39,6 +39,7 @@ LAYERS = {
     "SoftMoE": lambda: layers.SoftMoE(E, H, output_dim=OUT, slots_per_expert=7),
     "MMoE": lambda: layers.MMoE(E, [H, OUT], tasks=4),
     "MMoE(gate_units=[g])": lambda: layers.MMoE(E, [H, OUT], tasks=4, gate_units=[23]),
+    "MMoE(gate_use_bias=True)": lambda: layers.MMoE(E, [H, OUT], tasks=4, gate_use_bias=True),
     "ExpertMLP": lambda: layers.ExpertMLP(E, [H, OUT]),
     **{name: moe_with(name) for name in ("switch", "dense", "uniform")},
     **{
@@ -57,11 +58,13 @@ LAYERS = {
             "random",
         )
     },
+    "TopKRouter(use_bias=True)": moe_with(routers.TopKRouter(E, use_bias=True)),
+    "DSelectKRouter(use_bias=True)": moe_with(routers.DSelectKRouter(E, 3, use_bias=True)),
     "TokenHashRouter": lambda: layers.MoE(
         E, H, router=routers.TokenHashRouter(E, vocabulary_size=19)
     ),
 }
-ROUTERS = {name for name in LAYERS if name[0].islower()} | {"TokenHashRouter"}
+ROUTERS = {name for name in LAYERS if name[0].islower() or "Router" in name}
 
 
 def weights_of(name):
