@@ -58,8 +58,12 @@ LAYERS = {
             "random",
         )
     },
-    "TopKRouter(use_bias=True)": moe_with(routers.TopKRouter(E, use_bias=True)),
-    "DSelectKRouter(use_bias=True)": moe_with(routers.DSelectKRouter(E, 3, use_bias=True)),
+    "TopKRouter(use_bias=True)": lambda: layers.MoE(
+        E, H, router=routers.TopKRouter(E, use_bias=True)
+    ),
+    "DSelectKRouter(use_bias=True)": lambda: layers.MoE(
+        E, H, router=routers.DSelectKRouter(E, 3, use_bias=True)
+    ),
     "TokenHashRouter": lambda: layers.MoE(
         E, H, router=routers.TokenHashRouter(E, vocabulary_size=19)
     ),
