@@ -423,7 +423,6 @@ class MoE(AddsRouterLosses, ExpertFeedForward):
     def top_k(self) -> int:
         """Experts per token. Fewer than the layer was made with may be set, as for inference.
 
-
         A compiled function keeps what it was compiled with: compile the model again. A saved model
         has the number that the layer was made with.
         """

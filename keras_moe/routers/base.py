@@ -106,7 +106,7 @@ class Router(SavesSeed):
     """
 
     LOSSES: ClassVar[dict[str, float]] = {}
-    AXES = (
+    AXES: tuple[tuple[str, ...], ...] = (
         ("kernel", "input width", "num_experts"),
         ("noise_kernel", "input width", "num_experts"),
         ("projection", "input width", "num_experts"),
