@@ -3,8 +3,9 @@
 How many experts, how many per token, how wide? More of each may read images better, and costs more.
 The search is over a small Vision Transformer on scikit-learn's 8 x 8 digits, with a mixture in its
 last block: `moe_space` draws the arguments of the `MoE` layer, and `ActiveCost` counts the FLOPs of
-each model, with k of its E experts. A model above the budget is not trained: keras-tuner shows the
-error and goes on. The best one is compared with the default on digits that the search has not seen.
+each model, with k of its E experts. A model above the budget is not trained: its trial has its
+FLOPs, and no score. The best one is compared with the default on digits that the search has not
+seen.
 
     KERAS_BACKEND=jax python examples/tune_moe.py
 
@@ -76,7 +77,7 @@ def main(trials: int = 8, epochs: int = 10, folder: Path = Path("results/tune"))
     x, x_test, y, y_test = train_test_split(images, labels, test_size=360, random_state=0)
     cost = tuning.ActiveCost("val_accuracy", "max", max_flops=BUDGET)
     tuner = keras_tuner.RandomSearch(
-        build,
+        cost.capped(build),
         objective=cost.objective,
         max_trials=trials,
         max_consecutive_failed_trials=trials,  # those above the budget count as failed
@@ -88,7 +89,7 @@ def main(trials: int = 8, epochs: int = 10, folder: Path = Path("results/tune"))
     fit = {"epochs": epochs, "batch_size": 64, "verbose": 0}
     tuner.search(x[360:], y[360:], validation_data=(x[:360], y[:360]), callbacks=[cost], **fit)
 
-    trained = [trial for trial in tuner.oracle.trials.values() if trial.score is not None]
+    trained = [trial for trial in tuner.oracle.trials.values() if trial.status == "COMPLETED"]
     for trial in tuner.oracle.trials.values():
         score = f"{trial.score:.4f}" if trial in trained else "above the budget"
         print(f"{score:<17}{trial.hyperparameters.values}")

@@ -20,7 +20,7 @@ from keras_moe.routers.sinkhorn import SinkhornRouter
 from keras_moe.routers.switch import SwitchRouter
 from keras_moe.routers.top_k import TopKRouter
 
-_ROUTERS: dict[str, type[Router]] = {
+NAMED_ROUTERS: dict[str, type[Router]] = {
     "batch_priority": BatchPriorityRouter,
     "dense": DenseRouter,
     "dselect_k": DSelectKRouter,
@@ -76,7 +76,7 @@ def get(
     weights = {"balance": balance_weight, "z_loss": z_loss_weight}
     losses = {name: weight for name, weight in weights.items() if weight is not None}
     if isinstance(router, str):
-        checks.one_of("router", router, _ROUTERS)
+        checks.one_of("router", router, NAMED_ROUTERS)
         room = {
             "capacity": capacity,
             "capacity_factor": capacity_factor,
@@ -88,7 +88,9 @@ def get(
             keras.saving.deserialize_keras_object(router) if isinstance(router, dict) else router
         )
         if not isinstance(found, Router):
-            checks.fail(f"`router` must be one of {sorted(_ROUTERS)} or a `Router`.", router=router)
+            checks.fail(
+                f"`router` must be one of {sorted(NAMED_ROUTERS)} or a `Router`.", router=router
+            )
         for name, weight in losses.items():
             checks.fail(
                 f"`{name}_weight` must be None where `router` is an object, which brings its own: "
@@ -121,7 +123,7 @@ def _named(
     seed: int | None,
 ) -> Router:
     """A router by its name, with those arguments that it has."""
-    rule = _ROUTERS[name]
+    rule = NAMED_ROUTERS[name]
     arguments: dict[str, Any] = {}
     if name not in _FIXED_TOP_K:
         arguments["top_k"] = _DEFAULT_TOP_K if top_k is None else top_k

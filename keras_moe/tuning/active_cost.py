@@ -1,6 +1,8 @@
 """An objective that takes the cost of a model into account."""
 
+import math
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
 import keras
@@ -24,10 +26,11 @@ class ActiveCost(keras.callbacks.Callback):
     and any hypermodel; its `objective` is the tuner's. Every epoch's logs, and so every trial's
     metrics, get `active_flops`, `active_parameters`, and the score under the objective's name.
 
-    A model above a cap fails its trial before it trains, with both numbers in the trial's message;
-    on TensorFlow a model that is not built yet trains for one batch first.
-    KerasTuner ends a search after 3 failed trials in a row, unless its
-    `max_consecutive_failed_trials` says otherwise.
+    A model above a cap fails its trial before it trains, with the number and the cap in the trial's
+    message; on TensorFlow a model that is not built yet trains for one batch first. Give the tuner
+    `cost.capped(hypermodel)`: it records the cost of such a trial too. Without it, KerasTuner
+    records nothing and prints a traceback. It ends a search after 3 failed trials in a row, unless
+    its `max_consecutive_failed_trials` says otherwise.
 
     Args:
         metric: Name in the logs, such as `"val_accuracy"`, or a sequence of names, whose mean
@@ -48,7 +51,7 @@ class ActiveCost(keras.callbacks.Callback):
 
     Raises:
         ValueError: on arguments out of range.
-        ImportError: from `objective` and from a cap, where keras-tuner is missing.
+        ImportError: from `objective`, `capped` and a cap, where keras-tuner is missing.
 
     Example:
 
@@ -107,6 +110,17 @@ class ActiveCost(keras.callbacks.Callback):
         """The `keras_tuner.Objective` of the score."""
         return import_keras_tuner().Objective(self.name, self.direction)
 
+    def capped(self, hypermodel: Any) -> Any:
+        """Returns a hypermodel for the tuner whose models above a cap are recorded, not trained.
+
+        Such a trial has its cost, a score of NaN, and one line as its message; KerasTuner takes it
+        for failed, after as many tries as its `max_retries_per_trial` allows.
+
+        Args:
+            hypermodel: a `keras_tuner.HyperModel`, or a function from hyperparameters to a model.
+        """
+        return _capped_module().CappedHyperModel(hypermodel)
+
     def score(self, metric: float, flops: float, parameters: float) -> float:
         """Returns the metric, worse for what the model costs above the target.
 
@@ -140,8 +154,18 @@ class ActiveCost(keras.callbacks.Callback):
     def _count(self) -> None:
         self._flops = active_flops(self.model, self.input_shape)
         self._parameters = active_parameters(self.model)
-        self._check_cap("FLOPs per example", self._flops, "max_flops", self.max_flops)
-        self._check_cap("parameters", self._parameters, "max_parameters", self.max_parameters)
+        over = [
+            f"{cost:,} active {what}, above {name}={cap:,.0f}"
+            for what, cost, name, cap in (
+                ("FLOPs per example", self._flops, "max_flops", self.max_flops),
+                ("parameters", self._parameters, "max_parameters", self.max_parameters),
+            )
+            if cap is not None and cost > cap
+        ]
+        if over:
+            message = f"The model has {' and '.join(over)}. It is not trained."
+            unknown = dict.fromkeys((*self.metrics, self.name), math.nan)
+            raise _capped_module().OverCapError(message, unknown | self._costs())
 
     def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
         logs = {} if logs is None else logs
@@ -153,16 +177,12 @@ class ActiveCost(keras.callbacks.Callback):
                 f"'val_' need validation data. Received: metric={missing}"
             )
         mean = float(np.mean([float(logs[name]) for name in self.metrics]))
-        logs["active_flops"] = self._flops
-        logs["active_parameters"] = self._parameters
+        logs.update(self._costs())
         if self.name not in self.metrics:
             logs[self.name] = self.score(mean, self._flops, self._parameters)
 
-    def _check_cap(self, what: str, cost: int, name: str, cap: float | None) -> None:
-        if cap is not None and cost > cap:
-            raise import_keras_tuner().errors.FailedTrialError(
-                f"The model has {cost:,} active {what}, above {name}={cap:,.0f}. It is not trained."
-            )
+    def _costs(self) -> dict[str, float]:
+        return {"active_flops": self._flops, "active_parameters": self._parameters}
 
     def get_config(self) -> Config:
         return {
@@ -175,3 +195,8 @@ class ActiveCost(keras.callbacks.Callback):
             "input_shape": self.input_shape,
             "exponent": list(self.exponent),
         }
+
+
+def _capped_module() -> Any:
+    """The module that needs keras-tuner."""
+    return import_module("keras_moe.tuning._capped")

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from keras_moe.core import checks
+from keras_moe.core.types import Config
+from keras_moe.tuning._keras_tuner import import_keras_tuner
 
 _RECORD = "search.json"
 
@@ -28,11 +30,15 @@ def check_project(directory: str | os.PathLike[str], project_name: str, **search
         directory: The tuner's `directory`.
         project_name: The tuner's `project_name`.
         **search: What defines the search and must be the same on resuming: JSON-like values,
-            classes, functions (by name), and objects with `get_config()`, such as this package's
-            hypermodels and `ActiveCost`. Leave out `max_trials`, which may grow.
+            classes, functions (by name), and objects with `get_config()`, such as `ActiveCost`.
+            A hypermodel is written down with its search space, so that another one is seen: a
+            `keras_tuner.HyperModel`, or a function that takes `hp`. It is built as the tuner builds
+            it, once, and once more for each conditional scope. Leave out `max_trials`, which may
+            grow.
 
     Raises:
         ValueError: where the folder holds another search, or a value cannot be written down.
+        ImportError: on a hypermodel, where keras-tuner is missing.
 
     Example:
 
@@ -86,19 +92,70 @@ def _described(value: Any, path: str = "") -> Any:
         return {str(key): _described(entry, f"{path}.{key}") for key, entry in value.items()}
     if isinstance(value, list | tuple | range):
         return [_described(entry, f"{path}[{index}]") for index, entry in enumerate(value)]
+    if _is_hypermodel(value, path):
+        return {**_described_object(value, path), "space": _space_of(value)}
     if inspect.isclass(value) or inspect.isroutine(value):
         return f"{value.__module__}.{value.__qualname__}"
-    kind = type(value).__qualname__
+    described = _described_object(value, path)
+    if "config" not in described:
+        checks.fail(
+            f"`{path.lstrip('.')}` must be a JSON-like value, a class, a function, or an object "
+            "with `get_config()`.",
+            value=value,
+        )
+    return described
+
+
+def _described_object(value: Any, path: str) -> Config:
+    """The class of an object and its configuration, where it has one; the name of a function."""
+    if inspect.isroutine(value):
+        return {"function": f"{value.__module__}.{value.__qualname__}"}
+    described: Config = {"class": type(value).__qualname__}
     if callable(getattr(value, "get_config", None)):
-        return {"class": kind, "config": _described(value.get_config(), path)}
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        described["config"] = _described(value.get_config(), path)
+    elif dataclasses.is_dataclass(value):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        return {"class": kind, "config": _described(fields, path)}
-    checks.fail(
-        f"`{path.lstrip('.')}` must be a JSON-like value, a class, a function, or an object with "
-        "`get_config()`.",
-        value=value,
-    )
+        described["config"] = _described(fields, path)
+    return described
+
+
+def _is_hypermodel(value: Any, path: str) -> bool:
+    """Whether this builds models from hyperparameters."""
+    if inspect.isclass(value) or not callable(getattr(value, "build", value)):
+        return False
+    if hasattr(value, "declare_hyperparameters"):
+        return True
+    return callable(value) and (path == ".hypermodel" or _first_parameter(value) == "hp")
+
+
+def _first_parameter(function: Any) -> str | None:
+    try:
+        return next(iter(inspect.signature(function).parameters), None)
+    except ValueError:  # some that are written in C
+        return None
+
+
+def _space_of(hypermodel: Any) -> Config:
+    """The hyperparameters that a hypermodel declares, by name, in all of its conditional scopes."""
+    build = getattr(hypermodel, "build", hypermodel)
+    known = import_keras_tuner().HyperParameters()
+    if hasattr(hypermodel, "declare_hyperparameters"):
+        hypermodel.declare_hyperparameters(known)
+    waiting: list[Any] = [[]]
+    tried: list[Any] = []
+    while waiting:
+        tried.append(waiting.pop())
+        hp = known.copy()
+        hp.values.update({condition.name: condition.values[0] for condition in tried[-1]})
+        hp.ensure_active_values()
+        build(hp)
+        known.merge(hp.space)
+        waiting += [scope for scope in hp.inactive_scopes if scope not in (*tried, *waiting)]
+    space: Config = {}
+    for each in known.get_config()["space"]:
+        config = {name: value for name, value in each["config"].items() if name != "name"}
+        space.setdefault(each["config"]["name"], []).append({each["class_name"]: config})
+    return space
 
 
 def _differences(stored: Any, described: Any, path: str = "") -> list[str]:

@@ -51,13 +51,14 @@ class HyperViTMoE(_HyperModel):
         soft_moe: Arguments of `soft_moe_space` that narrow it, such as `{"num_experts": 16}`.
             Defaults to `None`.
         moe: Arguments of `moe_space` for "moe". Defaults to `None`.
-        switch: Arguments of `moe_space` for "switch". Defaults to `None`.
+        switch: Arguments of `moe_space` for "switch", without `router_arguments`. Defaults to
+            `None`.
         qk_norm: Whether queries and keys are normalised. Defaults to `False`.
         dropout: Float in [0, 1), dropout of the model and of its experts. Defaults to `(0.0, 0.1)`.
         learning_rate: Learning rate of AdamW. Defaults to `(0.001, 0.0003, 0.003)`.
         weight_decay: Weight decay of kernels. Defaults to `0.05` (DeiT).
-        clip_norm: Positive number, the norm that each gradient is clipped to; None for no clipping.
-            Defaults to `1.0`.
+        clip_norm: Positive number, the norm that the gradient of each weight is clipped to, and a
+            bank of experts is one weight; None for no clipping. Defaults to `1.0`.
         batch_size: The batch size; None leaves it to `tuner.search`. Defaults to `None`.
         jit_compile: Whether to compile by XLA, as in `Model.compile`. Defaults to `"auto"`.
         seed: Integer for weights, dropout and shuffling that are the same in every trial and every
@@ -284,6 +285,11 @@ def _check(config: Config) -> None:
                 f"`feed_forward` must include {kind!r} where `{kind}` is given.",
                 feed_forward=config["feed_forward"],
             )
+    if "router_arguments" in (config["switch"] or {}):
+        checks.fail(
+            "`switch` must leave out `router_arguments`: take 'moe' with the router 'switch'.",
+            switch=config["switch"],
+        )
 
 
 def _check_feed_forward(name: str, value: Any) -> None:

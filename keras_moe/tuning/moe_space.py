@@ -1,18 +1,31 @@
 """Search space of the sparse mixture."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from keras_moe.core import checks
 from keras_moe.core.types import Config
+from keras_moe.layers.sublayers import config_of
+from keras_moe.routers.base import Router
+from keras_moe.routers.registry import NAMED_ROUTERS
 from keras_moe.tuning._choices import Choices, candidates, checked
 
 if TYPE_CHECKING:
     from keras_tuner import HyperParameters
 
-_ROUTERS = ("dense", "switch", "top_k")
 _HIDDEN_DIMS = (128, 64, 256)
+# All experts are computed for every token, so that a capacity has nothing to bound.
+_COMPUTE_ALL = ("dense", "dselect_k", "relu", "uniform")
+# Around the papers' values, which come first.
+_OWN_ARGUMENTS: dict[str, dict[str, Any]] = {
+    "batch_priority": {"importance": (0.005, 0.0005, 0.05), "load": (0.005, 0.0005, 0.05)},
+    "dselect_k": {"gamma": (1.0, 0.1, 10.0), "entropy": (1e-6, 1e-5, 1e-4)},
+    "noisy_top_k": {"importance": (0.1, 0.01, 1.0), "load": (0.1, 0.01, 1.0)},
+    "sigmoid_bias": {"bias_update_rate": (0.001, 0.0001, 0.01)},
+}
+_OF_THE_SPACE = ("num_experts", "top_k", "balance", "z_loss", "losses", "capacity_factor")
 
 
 def moe_space(
@@ -23,6 +36,7 @@ def moe_space(
     hidden_dim: int | Sequence[int] | None = None,
     active_hidden_dim: int | Sequence[int] | None = None,
     router: str | Sequence[str] = "top_k",
+    router_arguments: Mapping[str, Mapping[str, Any]] | None = None,
     top_k: int | Sequence[int] = (2, 1, 4),
     num_shared_experts: int | Sequence[int] = 0,
     capacity_factor: float | Sequence[float | None] | None = (None, 1.25, 2.0),
@@ -37,9 +51,9 @@ def moe_space(
     from, the first of them the default. Hyperparameters are named `{name}/{argument}`.
 
     `top_k` is never above `num_experts`: experts too few for every choice of `top_k` have a
-    hyperparameter of their own, `{name}/top_k_up_to_{largest}`. The router "dense", which drops
-    nothing, has no capacity and no balance loss. Several routers have a space each, named
-    `{name}/{router}/{argument}`.
+    hyperparameter of their own, `{name}/top_k_up_to_{largest}`. A router has what follows below as
+    far as it has a use for it, and arguments of its own. Several routers have a space each, named
+    `{name}/{router}/{argument}`, which is declared in a conditional scope.
 
     Args:
         hp: A `keras_tuner.HyperParameters`.
@@ -50,25 +64,36 @@ def moe_space(
         active_hidden_dim: In place of `hidden_dim`, the hidden units that a token passes through
             in all: h = active_hidden_dim / (k + shared experts), rounded, so that every choice
             costs the FLOPs of a dense layer of this width. Defaults to `None`.
-        router: `"top_k"`, `"switch"` or `"dense"`. Defaults to `"top_k"`.
-        top_k: The experts per token k of the router "top_k"; "switch" has 1, "dense" all. Defaults
-            to `(2, 1, 4)`.
+        router: The name of a router, any that `MoE` takes. A `decoder` refuses those that look
+            ahead. Defaults to `"top_k"`.
+        router_arguments: Dict of routers' names to dicts of their own arguments and coefficients of
+            losses, each a value or values to choose from, such as `{"sinkhorn": {"iterations": (8,
+            4)}}`. What is left out has its default, or is searched by default:
+            `bias_update_rate` of "sigmoid_bias", `importance` and `load` of "noisy_top_k" and
+            "batch_priority", `gamma` and `entropy` of "dselect_k". Defaults to `None`.
+        top_k: The experts per token k; "switch" has 1, "dense" and "uniform" all. Defaults to
+            `(2, 1, 4)`.
         num_shared_experts: Experts that every token passes through. Defaults to `0`.
-        capacity_factor: Slots per expert over k N / E in training, None for dropless. 1.25 and 2.0
-            are Switch's and GShard's. Defaults to `(None, 1.25, 2.0)`.
+        capacity_factor: Slots per expert over k N / E in training, None for dropless; not of
+            routers that compute all experts, nor of "expert_choice", and never None of
+            "no_token_left". 1.25 and 2.0 are Switch's and GShard's. Defaults to
+            `(None, 1.25, 2.0)`.
         eval_capacity_factor: The same at inference where there is a capacity, never below the one
             in training. Defaults to `2.0` (Switch, ST-MoE).
-        balance_weight: Coefficient of the balance loss. Defaults to `(0.01, 0.001, 0.1)` (around
-            Switch's).
-        z_loss_weight: Coefficient of the router z-loss. Defaults to `0.001` (ST-MoE).
+        balance_weight: Coefficient of the balance loss, of routers that have one by default.
+            Defaults to `(0.01, 0.001, 0.1)` (around Switch's).
+        z_loss_weight: Coefficient of the router z-loss, of routers that have one by default.
+            Defaults to `0.001` (ST-MoE).
         dropout: Dropout after the experts' hidden layer. Defaults to `0.0`.
 
     Returns:
-        A dict of arguments of `MoE`; empty inside of a conditional scope that is not active.
+        A dict of arguments of `MoE`, for any number of layers; empty inside of a conditional scope
+        that is not active. A router with arguments of its own is a config.
 
     Raises:
-        ValueError: on no values to choose from, values out of range, an unknown router, experts
-            fewer than every choice of `top_k`, or both widths given.
+        ValueError: on no values to choose from, values out of range, an unknown router, arguments
+            of a router that is not searched, experts fewer than every choice of `top_k`, or both
+            widths given.
 
     Example:
 
@@ -89,6 +114,7 @@ def moe_space(
         hidden_dim=hidden_dim,
         active_hidden_dim=active_hidden_dim,
         router=router,
+        router_arguments={} if router_arguments is None else router_arguments,
         top_k=top_k,
         num_shared_experts=num_shared_experts,
         capacity_factor=capacity_factor,
@@ -109,6 +135,7 @@ class _Space:
     hidden_dim: Any
     active_hidden_dim: Any
     router: Any
+    router_arguments: Mapping[str, Mapping[str, Any]]
     top_k: Any
     num_shared_experts: Any
     capacity_factor: Any
@@ -136,6 +163,23 @@ class _Space:
                 active_hidden_dim=self.active_hidden_dim,
             )
         checked(checks.positive_int, *self.width)
+        self._check_router_arguments()
+
+    def _check_router_arguments(self) -> None:
+        rules = candidates("router", self.router)
+        if not isinstance(self.router_arguments, Mapping) or not set(self.router_arguments) <= set(
+            rules
+        ):
+            checks.fail(
+                f"`router_arguments` must be a dict of routers, of {sorted(rules)}, to dicts.",
+                router_arguments=self.router_arguments,
+            )
+        for rule, arguments in self.router_arguments.items():
+            for argument in set(arguments) & set(_OF_THE_SPACE):
+                checks.fail(
+                    "`router_arguments` must leave out what the space has an argument for.",
+                    **{rule: argument},
+                )
 
     def draw(self, hp: "HyperParameters", name: str) -> Config:
         """Draws a router and its arguments."""
@@ -155,52 +199,90 @@ class _Space:
 
     def _draw_arguments(self, choices: Choices, rule: str) -> Config:
         """Draws what the router `rule` has; nothing in a scope that is not active."""
-        experts = choices.draw("num_experts", self.num_experts)
-        if rule == "top_k":
-            chosen = _draw_top_k(choices, self.num_experts, self.top_k)
-        else:
-            chosen = 1 if rule == "switch" else experts
+        kind = NAMED_ROUTERS[rule]
+        experts, top = choices.draw("num_experts", self.num_experts), {}
+        if "top_k" in inspect.signature(kind.__init__).parameters:
+            top = {"top_k": _draw_top_k(choices, self.num_experts, self.top_k)}
         shared = choices.draw("num_shared_experts", self.num_shared_experts)
         hidden = choices.draw(*self.width)
         if self.active_hidden_dim is not None:
-            most_experts = max(candidates("num_experts", self.num_experts))
-            most = {"top_k": max(candidates("top_k", self.top_k)), "switch": 1}
-            most_chosen = min(most.get(rule, most_experts), most_experts)
-            _check_divisible(self.active_hidden_dim, most_chosen, self.num_shared_experts)
-        arguments = {"z_loss_weight": choices.draw("z_loss_weight", self.z_loss_weight)}
-        if rule != "dense":
-            capacity = choices.draw("capacity_factor", self.capacity_factor)
-            arguments["capacity_factor"] = capacity
-            if capacity is not None:
-                arguments["eval_capacity_factor"] = max(capacity, self.eval_capacity_factor)
-            arguments["balance_weight"] = choices.draw("balance_weight", self.balance_weight)
-        arguments["dropout"] = choices.draw("dropout", self.dropout)
+            _check_divisible(
+                self.active_hidden_dim, self._most_chosen(rule), self.num_shared_experts
+            )
+        losses = {}
+        if kind.LOSSES.get("z_loss"):
+            losses["z_loss"] = choices.draw("z_loss_weight", self.z_loss_weight)
+        capacity = self._draw_capacity(choices, rule)
+        if kind.LOSSES.get("balance"):
+            losses["balance"] = choices.draw("balance_weight", self.balance_weight)
+        dropout = choices.draw("dropout", self.dropout)
+        own = {
+            argument: choices.draw(argument, options)
+            for argument, options in self._own_arguments(rule).items()
+        }
         if not choices.is_active:
             return {}
-        if chosen is None:
+        if None in top.values():
             checks.fail(
                 f"`{choices.full_name('num_experts')}` must be one of "
                 f"{candidates('num_experts', self.num_experts)}, for which this space has a "
                 "`top_k`.",
                 num_experts=experts,
             )
-        if rule == "top_k":
-            arguments["top_k"] = chosen
+        router = _router(rule, experts, {**top, **capacity}, losses, own)
         if self.active_hidden_dim is not None:
-            hidden = round(hidden / (chosen + shared))
+            hidden = round(hidden / (router.experts_per_token + shared))
+        weights = {f"{loss}_weight": weight for loss, weight in losses.items()}
         return {
             "num_experts": experts,
             "hidden_dim": hidden,
-            "router": rule,
             "num_shared_experts": shared,
-            **arguments,
+            "dropout": dropout,
+            **top,
+            **capacity,
+            **({"router": config_of(router)} if own else {"router": rule, **weights}),
         }
+
+    def _draw_capacity(self, choices: Choices, rule: str) -> Config:
+        """Draws the capacities of a router that has some."""
+        options = candidates("capacity_factor", self.capacity_factor)
+        if NAMED_ROUTERS[rule].has_capacity:
+            options = tuple(factor for factor in options if factor is not None)
+        if rule in (*_COMPUTE_ALL, "expert_choice") or not options:
+            return {}
+        factor = choices.draw("capacity_factor", options)
+        if factor is None:
+            return {"capacity_factor": None}
+        return {
+            "capacity_factor": factor,
+            "eval_capacity_factor": max(factor, self.eval_capacity_factor),
+        }
+
+    def _own_arguments(self, rule: str) -> dict[str, Any]:
+        return {**_OWN_ARGUMENTS.get(rule, {}), **self.router_arguments.get(rule, {})}
+
+    def _most_chosen(self, rule: str) -> int:
+        """The most experts that any choice computes for a token."""
+        most_experts = max(candidates("num_experts", self.num_experts))
+        most_chosen = most_experts if rule in _COMPUTE_ALL else max(candidates("top_k", self.top_k))
+        return 1 if rule == "switch" else min(most_chosen, most_experts)
+
+
+def _router(rule: str, num_experts: int, arguments: Config, losses: Config, own: Config) -> Router:
+    """Makes a router of what was drawn; `own` are its own arguments and coefficients of losses."""
+    kind = NAMED_ROUTERS[rule]
+    if not kind.has_capacity:  # the layer's
+        arguments = {name: value for name, value in arguments.items() if name == "top_k"}
+    arguments |= {name: value for name, value in own.items() if name not in kind.LOSSES}
+    losses = {**losses, **{name: value for name, value in own.items() if name in kind.LOSSES}}
+    losses = {"losses": losses} if losses else {}
+    return kind(num_experts, **arguments, **losses, name="router")
 
 
 _CHECKS: dict[str, Callable[..., Any]] = {
     "num_experts": checks.positive_int,
     "top_k": checks.positive_int,
-    "router": lambda name, value: checks.one_of(name, value, _ROUTERS),
+    "router": lambda name, value: checks.one_of(name, value, NAMED_ROUTERS),
     "num_shared_experts": lambda name, value: checks.int_at_least(name, value, 0),
     "capacity_factor": lambda name, value: checks.optional(checks.positive, name, value),
     "balance_weight": checks.non_negative,

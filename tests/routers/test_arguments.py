@@ -100,7 +100,7 @@ def test_each_argument_does_something_or_is_refused(rule, argument):
     assert not accepted, f"{rule}({argument}=...) changes nothing"
 
 
-NAMED = dict(registry._ROUTERS)
+NAMED = dict(registry.NAMED_ROUTERS)
 
 
 @pytest.mark.parametrize("weight", ["balance", "z_loss"])

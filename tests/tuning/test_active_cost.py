@@ -132,6 +132,91 @@ def test_a_cap_fails_the_trial_before_training_and_the_search_goes_on(tmp_path, 
     assert message in saved.message
 
 
+class Own(keras_tuner.HyperModel):
+    """A hypermodel that trains its models itself."""
+
+    def build(self, hp):
+        return build(hp)
+
+    def fit(self, hp, model, *args, **kwargs):
+        return model.fit(*args, **{**kwargs, "epochs": 2})
+
+
+BOTH = {"max_flops": flops(8), "max_parameters": parameters(8)}
+CAPPED = "385 active parameters, above max_parameters=49. It is not trained."
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN:RuntimeWarning")  # KerasTuner's minimum of a NaN
+@pytest.mark.parametrize("hypermodel", [build, Own()], ids=["function", "object"])
+@pytest.mark.parametrize("target", [None, 100])
+def test_a_capped_trial_has_its_cost_and_one_line(tmp_path, capfd, hypermodel, target):
+    cost = tuning.ActiveCost("val_loss", "min", **BOTH, target_flops=target)
+    tuner = search(tmp_path, cost, build=cost.capped(hypermodel))
+    trials = by_units(tuner)
+    statuses = {units: trial.status for units, trial in trials.items()}
+    assert statuses == {**dict.fromkeys(UNITS, "COMPLETED"), 64: "FAILED"}
+    printed = "".join(capfd.readouterr())
+    assert "Traceback" not in printed and "Error" not in printed
+    saved = keras_tuner.engine.trial.Trial.load(
+        tmp_path / "search" / f"trial_{trials[64].trial_id}" / "trial.json"
+    )
+    for trial in (trials[64], saved):
+        assert trial.metrics.get_best_value("active_flops") == flops(64)
+        assert trial.metrics.get_best_value("active_parameters") == parameters(64)
+        assert trial.message.endswith(CAPPED) and "\n" not in trial.message
+    assert tuner.get_best_hyperparameters()[0].get("units") != 64
+    fit = {"epochs": 1, "verbose": 0, "callbacks": []}
+    history = tuner.hypermodel.fit(None, built_model(), X, Y, **fit)
+    assert len(history.epoch) == (2 if isinstance(hypermodel, Own) else 1)
+
+
+def built_model():
+    return build(keras_tuner.HyperParameters())
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:.*length_scale.*")
+@pytest.mark.filterwarnings("ignore:lbfgs failed to converge")
+@pytest.mark.parametrize("kind", ["RandomSearch", "Hyperband", "BayesianOptimization"])
+def test_every_tuner_goes_on_after_capped_trials(tmp_path, kind):
+    cost = tuning.ActiveCost("val_loss", "min", **BOTH)
+    limit = {"max_epochs": 2, "factor": 2} if kind == "Hyperband" else {"max_trials": 4}
+    tuner = getattr(keras_tuner, kind)(
+        cost.capped(build),
+        objective=cost.objective,
+        max_consecutive_failed_trials=9,
+        seed=0,
+        directory=tmp_path,
+        **limit,
+    )
+    tuner.search(X, Y, validation_data=(X, Y), verbose=0, callbacks=[cost])
+    trials = tuner.oracle.trials.values()
+    assert {t.status for t in trials if t.hyperparameters.get("units") == 64} <= {"FAILED"}
+    assert {t.status for t in trials if t.hyperparameters.get("units") < 9} == {"COMPLETED"}
+    assert all(trial.metrics.exists("active_flops") for trial in trials)
+
+
+def test_a_capped_hypermodel_passes_on_what_it_does_not_know(tmp_path):
+    def fragile(hp):
+        raise ValueError("No model works here.")
+
+    class Declared(Own):
+        def declare_hyperparameters(self, hp):
+            hp.Choice("declared", [1, 2])
+
+    cost = tuning.ActiveCost("val_loss", "min", max_flops=1)
+    with pytest.raises(ValueError, match="No model works here"):
+        cost.capped(fragile).build(keras_tuner.HyperParameters())
+    hypermodel = Declared(name="mine", tunable=False)
+    capped = cost.capped(hypermodel)
+    hp = keras_tuner.HyperParameters()
+    capped.declare_hyperparameters(hp)
+    assert (capped.name, capped.tunable, list(hp.values)) == ("mine", False, ["declared"])
+    assert capped.get_config() == {"hypermodel": hypermodel}
+    with pytest.raises(keras_tuner.errors.FailedTrialError, match="above max_flops=1"):
+        built_model().fit(X, Y, verbose=0, callbacks=[cost])  # outside of a search
+
+
 def test_kerastuner_ends_a_search_after_failures_in_a_row(tmp_path):
     cost = tuning.ActiveCost("val_loss", "min", max_flops=1)
     with pytest.raises(RuntimeError, match="consecutive failures exceeded the limit of 2"):

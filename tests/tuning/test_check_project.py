@@ -1,8 +1,10 @@
 """A results folder of another search is refused, and nothing in it changes."""
 
+import functools
 import json
 
 import keras
+import keras_tuner
 import numpy as np
 import pytest
 
@@ -60,7 +62,9 @@ def test_what_may_define_a_search(tmp_path):
         {"click": "binary"},
         learning_rate=(1e-3, np.float32(0.5)),
     )
-    vit = tuning.HyperViTMoE((8, 8, 1), 10, feed_forward=("dense", keras.layers.Dense))
+    vit = tuning.HyperViTMoE(
+        (8, 8, 1), 10, patch_size=4, depth=1, feed_forward=("dense", keras.layers.Dense)
+    )
     search = {
         "hypermodel": hypermodel,
         "vit": vit,
@@ -79,6 +83,83 @@ def test_what_may_define_a_search(tmp_path):
     changed = tuning.HyperMMoERecommender([features.Categorical("user", 11)], {"click": "binary"})
     with pytest.raises(ValueError, match=r"hypermodel.config.features, hypermodel.config.learning"):
         tuning.check_project(tmp_path, "a", **{**search, "hypermodel": changed})
+
+
+# === Search spaces ===
+
+
+def build(hp, choices=(2, 4), conditional=(8,)):
+    """A user's own hypermodel, which declares a hyperparameter where another one has a value."""
+    units = hp.Choice("units", list(choices))
+    hp.Choice("kind", ["one", "two"])
+    with hp.conditional_scope("kind", ["two"]):
+        more = hp.Choice("more", list(conditional), default=conditional[0])
+    layers = [keras.layers.Dense(width) for width in (units, more) if width is not None]
+    model = keras.Sequential([keras.Input((4,)), *layers])
+    model.compile("sgd", "mse")
+    return model
+
+
+class Own(keras_tuner.HyperModel):
+    """A hypermodel without a configuration."""
+
+    def __init__(self, **arguments):
+        super().__init__()
+        self._arguments = arguments
+
+    def build(self, hp):
+        return build(hp, **self._arguments)
+
+
+def function_of(**arguments):
+    def own_build(hp):
+        return build(hp, **arguments)
+
+    return own_build
+
+
+@pytest.mark.parametrize("key", ["hypermodel", "what"])
+@pytest.mark.parametrize(
+    "make", [function_of, Own, functools.partial(functools.partial, build)], ids=str
+)
+@pytest.mark.parametrize(
+    ("changed", "path"), [({"choices": (2, 8)}, "units"), ({"conditional": (8, 16)}, "more")]
+)
+def test_a_hypermodel_with_another_space_is_another_search(tmp_path, key, make, changed, path):
+    tuning.check_project(tmp_path, "a", **{key: make()})
+    tuning.check_project(tmp_path, "a", **{key: make()})
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=rf"which differs in {key}\.space\.{path}\. Noth"):
+        tuning.check_project(tmp_path, "a", **{key: make(**changed)})
+    assert contents(tmp_path) == before
+
+
+def test_a_hypermodel_of_this_package_is_compared_by_its_space_too(tmp_path):
+    class Deeper(tuning.HyperViTMoE):
+        def build(self, hp):
+            hp.Choice("another", [1, 2])
+            return super().build(hp)
+
+    arguments = {"patch_size": 4, "width": 8, "depth": 1, "num_heads": 2, "moe_layers": 1}
+    vits = [kind((8, 8, 1), 3, **arguments) for kind in (tuning.HyperViTMoE, Deeper)]
+    Deeper.__qualname__ = "HyperViTMoE"
+    tuning.check_project(tmp_path, "a", model=vits[0])
+    with pytest.raises(ValueError, match=r"which differs in model\.space\.another\. Noth"):
+        tuning.check_project(tmp_path, "a", model=vits[1])
+
+
+def test_a_scope_that_no_value_activates_ends(tmp_path):
+    def never(hp):
+        hp.Choice("kind", ["one", "two"])
+        with hp.conditional_scope("kind", ["one"]):
+            hp.Choice("inner", ["a", "b"])
+            with hp.conditional_scope("inner", ["c"]):
+                hp.Choice("never", [1, 2])
+        return build(hp)
+
+    tuning.check_project(tmp_path, "a", hypermodel=never)
+    space = json.loads((tmp_path / "a" / "search.json").read_text())["hypermodel"]["space"]
+    assert set(space) == {"inner", "kind", "more", "never", "units"}
 
 
 def test_what_cannot_be_written_down_is_refused(tmp_path):

@@ -264,6 +264,10 @@ BAD = [
     ({"feed_forward": ("moe", "sparse")}, r"`feed_forward` must be one of \['dense', 'moe'"),
     ({"feed_forward": ()}, r"`feed_forward` must be a value, or a sequence of at least one"),
     ({"feed_forward": "dense", "moe": {"top_k": 1}}, "`feed_forward` must include 'moe' where"),
+    (
+        {"switch": {"router_arguments": {"switch": {"jitter": 0.1}}}},
+        "`switch` must leave out `router_arguments`: take 'moe' with",
+    ),
     ({"depth": (2, 0)}, "`depth` must be a positive integer. Received: depth=0"),
     ({"dropout": 1.5}, r"`dropout` must be a number in \[0, 1\)"),
     ({"learning_rate": (0.1, 0)}, "`learning_rate` must be a number above 0"),
@@ -308,6 +312,19 @@ def test_a_bad_vit_fails_when_the_tuner_is_made(tmp_path, arguments, message):
 def test_bad_arguments_of_a_recommender(arguments, message):
     with pytest.raises(ValueError, match=message):
         small_recommender(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ("my task", "`task` must be a non-empty string of .* Received: task='my task'"),
+        ("mmoe", r"must give each layer a name of its own.* Received: repeated=\['mmoe'\]"),
+    ],
+)
+def test_a_bad_task_name_fails_when_the_tuner_is_made(tmp_path, task, message):
+    hypermodel = tuning.HyperMMoERecommender(FEATURES, {task: "binary"})
+    with pytest.raises(ValueError, match=message):
+        keras_tuner.RandomSearch(hypermodel, objective="val_loss", directory=tmp_path)
 
 
 WITHOUT_KERAS_TUNER = """

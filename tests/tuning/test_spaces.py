@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keras_moe import layers, tuning
+from keras_moe.routers.registry import NAMED_ROUTERS
 
 pytestmark = pytest.mark.one_backend("arithmetic on configurations")
 
@@ -15,7 +16,7 @@ many = settings(deadline=None, max_examples=60, derandomize=True)
 seeds = st.integers(0, 2**16)
 experts_choices = st.lists(st.sampled_from([1, 2, 3, 4, 8]), min_size=1, max_size=4)
 top_k_choices = st.lists(st.sampled_from([2, 4, 8, 16]), max_size=3).map(lambda ks: [1, *ks])
-router_choices = st.lists(st.sampled_from(["top_k", "switch", "dense"]), min_size=1, max_size=3)
+router_choices = st.lists(st.sampled_from(sorted(NAMED_ROUTERS)), min_size=1, max_size=3)
 
 
 def sampled(space, seed):
@@ -28,6 +29,11 @@ def sampled(space, seed):
     hp.values = oracle._random_values()
     hp.ensure_active_values()
     return hp, space(hp)
+
+
+def rule_of(layer):
+    """The name of a layer's router."""
+    return next(name for name, kind in NAMED_ROUTERS.items() if type(layer.router) is kind)
 
 
 def names(space):
@@ -54,12 +60,13 @@ def test_every_sample_of_moe_space_is_a_layer(seed, experts, top_k, router):
     layer = layers.MoE(**arguments)
     assert layer.num_experts in experts
     assert 1 <= layer.top_k <= layer.num_experts
-    if arguments["router"] == "top_k":
-        assert layer.top_k == arguments["top_k"] and arguments["top_k"] in top_k
-    else:
-        assert "top_k" not in arguments
-    if arguments["router"] == "dense":
-        assert not {"capacity_factor", "eval_capacity_factor", "balance_weight"} & set(arguments)
+    rule = rule_of(layer)
+    assert rule in router
+    assert ("top_k" in arguments) == (rule not in ("switch", "dense", "uniform"))
+    if "top_k" in arguments:
+        assert layer.router.get_config()["top_k"] == arguments["top_k"] in top_k
+    if rule in ("dense", "dselect_k", "expert_choice", "relu", "uniform"):
+        assert not {"capacity_factor", "eval_capacity_factor"} & set(arguments)
     elif layer.capacity_factor is None:
         assert "eval_capacity_factor" not in arguments
     else:
@@ -85,8 +92,8 @@ def test_active_hidden_dim_holds_the_cost(seed, experts, router, shared):
         seed,
     )
     layer = layers.MoE(**arguments)
-    active = (layer.top_k + layer.num_shared_experts) * layer.hidden_dim
-    assert abs(active - 240) <= (layer.top_k + shared) / 2
+    chosen = layer.router.experts_per_token + shared
+    assert abs(chosen * layer.hidden_dim - 240) <= chosen / 2
 
 
 @many
@@ -129,6 +136,83 @@ def test_fixed_values_stay_out_of_the_search():
     }
     arguments = tuning.mmoe_space(keras_tuner.HyperParameters(), "a", expert_units=[(8, 4)])
     assert arguments["expert_units"] == (8, 4)
+
+
+OWN = {
+    "batch_priority": {"importance", "load"},
+    "dselect_k": {"gamma", "entropy"},
+    "noisy_top_k": {"importance", "load"},
+    "sigmoid_bias": {"bias_update_rate"},
+}
+WITH_BALANCE = {"top_k", "switch", "no_token_left"}
+NO_TOP_K = {"switch", "dense", "uniform"}
+NO_CAPACITY = {"dense", "dselect_k", "expert_choice", "relu", "uniform"}
+
+
+@pytest.mark.parametrize("rule", sorted(NAMED_ROUTERS))
+def test_a_router_has_what_it_has_a_use_for(rule):
+    expected = {"num_experts", "hidden_dim", *OWN.get(rule, ())}
+    expected |= set() if rule in NO_TOP_K else {"top_k"}
+    expected |= set() if rule in NO_CAPACITY else {"capacity_factor"}
+    expected |= {"balance_weight"} if rule in WITH_BALANCE else set()
+    assert names(lambda hp: tuning.moe_space(hp, "a", router=rule)) == {
+        f"a/{argument}" for argument in expected
+    }
+    other = "switch" if rule == "top_k" else "top_k"
+    several = names(lambda hp: tuning.moe_space(hp, "a", router=(other, rule)))
+    assert {f"a/{rule}/{argument}" for argument in expected} <= several
+    # The default is the router's own, the paper's.
+    default = layers.MoE(**tuning.moe_space(keras_tuner.HyperParameters(), "a", router=rule))
+    named = NAMED_ROUTERS[rule](8, **({} if rule in NO_TOP_K else {"top_k": 2}))
+    left_out = {"name", "trainable", "seed", "capacity_factor", "eval_capacity_factor"}
+    configs = [router.get_config().items() for router in (default.router, named)]
+    assert [(k, v) for k, v in configs[0] if k not in left_out] == [
+        (k, v) for k, v in configs[1] if k not in left_out
+    ]
+
+
+def test_a_routers_own_arguments_are_searched_or_fixed():
+    def space(hp):
+        return tuning.moe_space(
+            hp,
+            "a",
+            num_experts=8,
+            top_k=2,
+            hidden_dim=8,
+            router=("sinkhorn", "sigmoid_bias", "no_token_left"),
+            router_arguments={
+                "sinkhorn": {"iterations": (4, 2), "jitter": 0.1},
+                "sigmoid_bias": {"bias_update_rate": 0.5, "sequence_balance": (0.0, 0.1)},
+                "no_token_left": {"rounds": 3},
+            },
+            capacity_factor=(None, 1.5),
+            balance_weight=0.25,
+        )
+
+    hp = keras_tuner.HyperParameters()
+    router = layers.MoE(**space(hp)).router
+    assert (router.iterations, router.jitter, router.top_k) == (4, 0.1, 2)
+    assert set(names(space)) == {
+        "a/router",
+        "a/sinkhorn/iterations",
+        "a/sinkhorn/capacity_factor",
+        "a/sigmoid_bias/sequence_balance",
+        "a/sigmoid_bias/capacity_factor",
+    }
+    hp.values["a/router"] = "sigmoid_bias"
+    hp.ensure_active_values()
+    hp.values["a/sigmoid_bias/sequence_balance"] = 0.1
+    first, second = (layers.MoE(**space(hp)) for _ in range(2))  # a config, not an object
+    assert first.router is not second.router
+    assert first.router.bias_update_rate == 0.5
+    assert first.router.loss_weights["sequence_balance"] == 0.1
+    assert first.router.loss_weights["balance"] == 0.0
+    hp.values["a/router"] = "no_token_left"
+    hp.ensure_active_values()
+    layer = layers.MoE(**space(hp))
+    assert (layer.router.rounds, layer.router.loss_weights["balance"]) == (3, 0.25)
+    assert layer.capacity_factor == layer.router.capacity_factor == 1.5
+    assert layer.eval_capacity_factor == layer.router.eval_capacity_factor == 2.0
 
 
 def test_experts_too_few_for_every_top_k_have_their_own():
@@ -202,7 +286,19 @@ BAD = [
     (moe, {"hidden_dim": 0}, "`hidden_dim` must be a positive integer"),
     (moe, {"num_experts": (8, 2), "top_k": (4, 8)}, r"`top_k` must have a choice .* not above"),
     (moe, {"top_k": 0}, "`top_k` must be a positive integer"),
-    (moe, {"router": "topk"}, r"`router` must be one of \['dense', 'switch', 'top_k'\]"),
+    (moe, {"router": "topk"}, r"`router` must be one of \['batch_priority', 'dense', "),
+    (
+        moe,
+        {"router_arguments": {"sinkhorn": {"iterations": 4}}},
+        r"`router_arguments` must be a dict of routers, of \['top_k'\], to dicts",
+    ),
+    (
+        moe,
+        {"router_arguments": {"top_k": {"balance": 4}}},
+        "`router_arguments` must leave out what the space has .* Received: top_k='balance'",
+    ),
+    (moe, {"router_arguments": {"top_k": {"iterations": 4}}}, "iterations"),
+    (moe, {"router": "relu", "active_hidden_dim": 15}, "`active_hidden_dim` must be at least 16"),
     (moe, {"hidden_dim": 8, "active_hidden_dim": 8}, "`hidden_dim` must be None where"),
     (moe, {"active_hidden_dim": 2, "top_k": 4}, "`active_hidden_dim` must be at least 4"),
     (moe, {"capacity_factor": (None, 0)}, "`capacity_factor` must be a number above 0"),

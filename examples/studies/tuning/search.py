@@ -125,7 +125,7 @@ def run_trials(
     arguments = {"max_epochs": epochs} if kind == "hyperband" else {"max_trials": trials}
     with contextlib.redirect_stdout(io.StringIO()):  # "Reloading Tuner from ..."
         tuner = _resumable(TUNERS[kind])(
-            search.hypermodel(0),
+            search.objective.capped(search.hypermodel(0)),
             objective=search.objective.objective,
             seed=SEED,
             # A failing trial is a result. It must not end the search, however many follow it.
@@ -229,7 +229,7 @@ def _resumable(kind: type[keras_tuner.Tuner]) -> Any:
                 return float(trial.metrics.get_history(name)[-1].mean()) if exists else math.nan
 
             message = (trial.message or "The metric is not a number.").strip().rpartition("\n")[2]
-            is_capped = "FailedTrialError" in message
+            is_capped = message.endswith("It is not trained.")
             return Row(
                 number=str(self.oracle.start_order.index(trial_id) + 1),
                 values=trial.hyperparameters.values,
