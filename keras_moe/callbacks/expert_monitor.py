@@ -160,6 +160,17 @@ class ExpertMonitor(keras.callbacks.Callback):
             writer.close()
         self._writers = []
 
+    # What the `fit` of Keras 2 asks of a callback: there it watches what is in a `KerasBridge`.
+
+    def _implements_train_batch_hooks(self) -> bool:
+        return True
+
+    def _implements_test_batch_hooks(self) -> bool:
+        return False
+
+    def _implements_predict_batch_hooks(self) -> bool:
+        return False
+
     def _warn(self, name: str, layer: keras.layers.Layer, counts: Counts, epoch: int) -> None:
         for kind, message in alarms(layer, counts):
             if (name, kind) not in self._raised:

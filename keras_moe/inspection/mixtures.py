@@ -1,7 +1,7 @@
 """Search for the mixture layers of a model, and their names."""
 
 from collections import Counter
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import keras
 
@@ -11,9 +11,12 @@ T = TypeVar("T")
 
 
 def mixture_layers(model: keras.layers.Layer) -> list[keras.layers.Layer]:
-    """Returns the built layers of a model that count, nested ones too, in the model's order."""
+    """Returns the built layers of a model that count, nested ones too, in the model's order.
+
+    The model may be one of Keras 2: then they are those inside of bridges.
+    """
     layers: dict[int, keras.layers.Layer] = {}
-    _collect(checks.keras_layer("model", model), layers)
+    _collect(watched("model", model), layers)
     return [
         layer
         for layer in layers.values()
@@ -21,12 +24,26 @@ def mixture_layers(model: keras.layers.Layer) -> list[keras.layers.Layer]:
     ]
 
 
-def _collect(layer: keras.layers.Layer, layers: dict[int, keras.layers.Layer]) -> None:
+def watched(name: str, model: Any) -> Any:
+    """Returns `model` if it is a layer or model of Keras 3, or of Keras 2, which may hold some."""
+    is_model = hasattr(model, "_flatten_layers") and not isinstance(model, type)
+    return model if is_model else checks.keras_layer(name, model)
+
+
+def is_of_keras_3(model: Any) -> bool:
+    """Whether a model that is watched is none of Keras 2."""
+    return isinstance(model, keras.layers.Layer)
+
+
+def _collect(layer: Any, layers: dict[int, Any]) -> None:
     """Adds a layer and what it holds, once each; Keras's own list has nested layers backwards."""
-    if id(layer) not in layers:
-        layers[id(layer)] = layer
-        for sublayer in layer._flatten_layers(include_self=False, recursive=False):
-            _collect(sublayer, layers)
+    if id(layer) in layers:
+        return
+    layers[id(layer)] = layer
+    for sublayer in layer._flatten_layers(include_self=False, recursive=False):
+        _collect(sublayer, layers)
+    if not is_of_keras_3(layer) and is_of_keras_3(getattr(layer, "layer", None)):  # a bridge
+        _collect(layer.layer, layers)
 
 
 def unique_names(layers: list[keras.layers.Layer]) -> list[tuple[str, keras.layers.Layer]]:

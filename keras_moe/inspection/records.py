@@ -1,6 +1,7 @@
 """Decisions of a model's layers about data, as arrays for pictures."""
 
 from collections.abc import Iterator, Sequence
+from inspect import signature
 from typing import NamedTuple
 
 import keras
@@ -9,7 +10,7 @@ from keras import ops
 
 from keras_moe.core import checks
 from keras_moe.core.types import Array, Data, Tensor
-from keras_moe.inspection.mixtures import named_layers, one_layer
+from keras_moe.inspection.mixtures import is_of_keras_3, named_layers, one_layer
 from keras_moe.inspection.recording import record_routing
 
 # The fields that are read from sparse layers, and from layers that mix tokens into slots.
@@ -47,10 +48,13 @@ def records_of(
         calls several times has one per call, "moe (call 1)" and so on.
     """
     layers = dict(named_layers(model))
+    # Keras 2 hands `training` on to models that do not take it.
+    takes_training = is_of_keras_3(model) or "training" in signature(model.call).parameters
+    inference = {"training": False} if takes_training else {}
     parts: dict[tuple[str, int], list[dict[str, Array]]] = {}
     for batch in _batches(x, batch_size):
         with record_routing(model) as records:
-            model(batch, training=False)
+            model(batch, **inference)
         for name, calls in records.items():
             for number, record in enumerate(calls, start=1):
                 fields = next((kind for kind in kinds if _has(record, kind)), None)

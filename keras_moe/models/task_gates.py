@@ -42,6 +42,7 @@ def task_gates(model: keras.layers.Layer, layer: str | None = None) -> keras.Mod
     >>> task_gates(ranker).predict({"x": np.zeros((5, 3))}, verbose=0).shape
     (5, 2, 4)
     """
+    checks.keras_layer("model", model)  # which the gates' model holds
     gated = {name: mixture for name, mixture in named_layers(model) if isinstance(mixture, MMoE)}
     name, _ = one_layer(model, gated, layer, "an `MMoE`")
     return _TaskGates(model, name, name=f"{model.name}_gates")

@@ -7,7 +7,7 @@ import keras
 
 from keras_moe.core import checks
 from keras_moe.core.types import Array, Data
-from keras_moe.inspection.mixtures import named_layers
+from keras_moe.inspection.mixtures import named_layers, watched
 from keras_moe.inspection.recording import count_routing
 from keras_moe.inspection.records import GATES, SOFT, SPARSE, example_count, records_of
 from keras_moe.plots._canvas import new_figure
@@ -88,7 +88,7 @@ def report(
     'experts.html'
     """
     new_figure(1.0, 1.0)  # says what to install before the work begins
-    checks.keras_layer("model", model)
+    watched("model", model)
     checks.positive_int("batch_size", batch_size)
     x, y = gather(data, checks.positive_int("max_examples", max_examples))
     count = example_count(x)
@@ -104,7 +104,7 @@ def report(
     with count_routing(model) as counts:
         findings.records |= records_of(model, x, batch_size, SPARSE, SOFT, GATES)
     summaries = [summarize(name, layer, counts[name]) for name, layer in named_layers(model)]
-    parts = [tables.lead(model, count, findings.labels), *tables.overview(summaries)]
+    parts = [tables.lead(model, count, findings.labels, summaries), *tables.overview(summaries)]
     parts += overview_parts(findings, summaries)
     for number, summary in enumerate(summaries):
         parts += [tables.heading(number, summary), *layer_parts(findings, summary.layer)]

@@ -1,24 +1,33 @@
 """Tables and text of the report."""
 
+import math
 from collections.abc import Sequence
 
 import keras
 
 from keras_moe.flops.active_parameters import active_parameters
 from keras_moe.inspection.health import NAMES
+from keras_moe.inspection.mixtures import is_of_keras_3
 from keras_moe.reporting import page
 from keras_moe.reporting.labels import Labels
 from keras_moe.reporting.summary import MEANINGS, Summary, all_parameters
 from keras_moe.version import __version__
 
 
-def lead(model: keras.layers.Layer, count: int, labels: Labels | None) -> str:
+def lead(
+    model: keras.layers.Layer, count: int, labels: Labels | None, summaries: Sequence[Summary]
+) -> str:
     """The introduction of the report."""
     classes = "" if labels is None else f" of {len(labels.names)} classes"
+    if is_of_keras_3(model):
+        parameters, active = all_parameters(model), active_parameters(model)
+    else:
+        parameters = sum(math.prod(weight.shape) for weight in model.trainable_weights)
+        active = parameters - sum(each.parameters - each.active for each in summaries)
     return (
         f'<p class="faint">{page.words(type(model).__name__)} with '
-        f"{page.number(all_parameters(model))} parameters, of which a token meets "
-        f"{page.number(active_parameters(model))}. On {page.number(count)} examples{classes}; "
+        f"{page.number(parameters)} parameters, of which a token meets "
+        f"{page.number(active)}. On {page.number(count)} examples{classes}; "
         f"{keras.backend.backend()}, Keras {keras.__version__}, keras_moe {__version__}.</p>"
     )
 
