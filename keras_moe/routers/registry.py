@@ -111,7 +111,7 @@ def get(
 
 def rules_with(loss: str) -> list[type[Router]]:
     """The classes of named routers that have a loss."""
-    return [rule for rule in _ROUTERS.values() if loss in rule.LOSSES]
+    return [rule for rule in NAMED_ROUTERS.values() if loss in rule.LOSSES]
 
 
 def _named(
