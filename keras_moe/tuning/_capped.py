@@ -1,5 +1,6 @@
 """A hypermodel whose models above a cap are recorded and not trained."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +80,8 @@ class CappedHyperModel(_HyperModel):
             for callback in kwargs["callbacks"]:
                 if hasattr(callback, "trial"):  # KerasTuner adds one that knows the trial
                     callback.trial.message = str(error)
+            # It takes the minimum of a score that is NaN.
+            warnings.filterwarnings("ignore", "All-NaN", RuntimeWarning, "keras_tuner")
             return error.metrics
 
     def get_config(self) -> Config:

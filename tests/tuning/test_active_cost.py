@@ -146,7 +146,6 @@ BOTH = {"max_flops": flops(8), "max_parameters": parameters(8)}
 CAPPED = "385 active parameters, above max_parameters=49. It is not trained."
 
 
-@pytest.mark.filterwarnings("ignore:All-NaN:RuntimeWarning")  # KerasTuner's minimum of a NaN
 @pytest.mark.parametrize("hypermodel", [build, Own()], ids=["function", "object"])
 @pytest.mark.parametrize("target", [None, 100])
 def test_a_capped_trial_has_its_cost_and_one_line(tmp_path, capfd, hypermodel, target):
@@ -174,7 +173,6 @@ def built_model():
     return build(keras_tuner.HyperParameters())
 
 
-@pytest.mark.filterwarnings("ignore:All-NaN:RuntimeWarning")
 @pytest.mark.filterwarnings("ignore:.*length_scale.*")
 @pytest.mark.filterwarnings("ignore:lbfgs failed to converge")
 @pytest.mark.parametrize("kind", ["RandomSearch", "Hyperband", "BayesianOptimization"])
