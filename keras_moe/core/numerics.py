@@ -20,9 +20,9 @@ def as_float(inputs: Tensor, dtype: str) -> Tensor:
 
     Sparse tensors become dense ones: tokens that are moved, masked and mixed.
     """
-    inputs = ops.convert_to_tensor(inputs, sparse=False)
     is_float = keras.backend.is_float_dtype(keras.backend.standardize_dtype(inputs.dtype))
-    return inputs if is_float else ops.cast(inputs, dtype)
+    inputs = inputs if is_float else ops.cast(inputs, dtype)
+    return ops.convert_to_tensor(inputs, sparse=False)
 
 
 def softmax(logits: Tensor, axis: int = -1) -> Tensor:
