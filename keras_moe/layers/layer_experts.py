@@ -6,7 +6,6 @@ from typing import Any
 import keras
 import numpy as np
 from keras import ops
-from keras.src.backend import AutocastScope
 
 from keras_moe.core import checks
 from keras_moe.core.arguments import KeepsArguments
@@ -134,8 +133,7 @@ class LayerExperts(KeepsArguments):
         if blocks.shape[0] == 0:  # PyTorch maps over nothing to nothing, without a shape
             _, *rest = self.compute_output_shape(tuple(blocks.shape))
             return ops.zeros((0, *rest), dtype=self.compute_dtype)
-        with AutocastScope(None):
-            states = [[(v, v.value) for v in expert.variables] for expert in self.experts]
+        states = [[(v, v.value) for v in expert.variables] for expert in self.experts]
         updated: set[int] = set()
 
         def branch(index: int) -> Callable[[Tensor, Tensor], Tensor]:

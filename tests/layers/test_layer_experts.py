@@ -6,7 +6,7 @@ import pytest
 
 from keras_moe import layers
 from keras_moe.dispatch import PaddedBlocksDispatcher
-from tests.contract import arrays, assert_same, run
+from tests.contract import arrays, run
 
 D = 6
 
@@ -105,15 +105,6 @@ def test_no_number_is_drawn_twice(training):
     x = np.ones((12, D), "float32")  # three blocks of one expert
     drawn = np.stack([arrays(run(layer, x, training=training))[0] for _ in range(3)])
     assert len(np.unique(drawn)) > 0.99 * drawn.size  # a few of them meet by chance
-
-
-def test_float32_experts_keep_their_weights_in_mixed_precision():
-    """In blocks as with a capacity."""
-    keras.config.set_dtype_policy("mixed_bfloat16")
-    bank = layers.LayerExperts([keras.layers.Dense(D, dtype="float32") for _ in range(2)], 2)
-    rows = np.stack([tokens(64), tokens(64, seed=1)])
-    blocks = bank(rows, block_experts=np.arange(2, dtype="int32"))
-    assert_same("blocks", *(keras.ops.cast(x, "float32") for x in (blocks, bank(rows))), rtol=0)
 
 
 def test_copies_start_different_even_with_a_seed():
