@@ -110,6 +110,7 @@ class Router(SavesSeed):
         ("kernel", "input width", "num_experts"),
         ("noise_kernel", "input width", "num_experts"),
         ("projection", "input width", "num_experts"),
+        ("table", "vocabulary_size", "top_k"),
         (
             "bias",
             "num_experts",

@@ -50,7 +50,6 @@ class TokenHashRouter(FixedRouter):
 
     fixes_top_k = True
     needs_token_ids = True
-    AXES = (("table", "vocabulary_size", "top_k"),)
 
     def __init__(
         self,
