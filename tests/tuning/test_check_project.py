@@ -120,7 +120,9 @@ def function_of(**arguments):
 
 @pytest.mark.parametrize("key", ["hypermodel", "what"])
 @pytest.mark.parametrize(
-    "make", [function_of, Own, functools.partial(functools.partial, build)], ids=str
+    "make",
+    [function_of, Own, functools.partial(functools.partial, build)],
+    ids=["function", "hypermodel", "partial"],
 )
 @pytest.mark.parametrize(
     ("changed", "path"), [({"choices": (2, 8)}, "units"), ({"conditional": (8, 16)}, "more")]
