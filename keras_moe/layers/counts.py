@@ -11,6 +11,7 @@ from keras_moe.core.numerics import LOWEST
 from keras_moe.core.pytorch import is_recomputing
 from keras_moe.core.records import Routing, SoftRouting
 from keras_moe.core.types import Tensor
+from keras_moe.layers.loops import check_outside_of_loops
 
 _BASE = 2.0**20
 
@@ -50,6 +51,7 @@ class RunningSums:
 
     def add(self, values: Tensor) -> None:
         """Adds values, 0 for what is not finite, so that a bad batch does not end the counting."""
+        check_outside_of_loops()
         values = ops.stop_gradient(ops.cast(values, "float32"))
         values = ops.where(ops.isfinite(values), values, ops.zeros_like(values))
         low = self._limbs[1] + values

@@ -9,6 +9,7 @@ from keras.src.backend import get_stateless_scope, in_stateless_scope
 
 from keras_moe.core import checks
 from keras_moe.core.records import Routing
+from keras_moe.layers.loops import enclosing_loop
 from keras_moe.routers import Router
 
 
@@ -42,6 +43,8 @@ class AddsRouterLosses(keras.layers.Layer):
     def _add_losses(self, decision: Routing) -> None:
         """Adds the router's losses, times their coefficients, to the model's."""
         if not self.router.trainable:  # Keras drops regularizers of frozen weights too
+            return
+        if enclosing_loop() is not None:  # which is not trained
             return
         for index, name in enumerate(self._loss_names()):
             loss = self._loss_weights[index] * decision.losses[name]
