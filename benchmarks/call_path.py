@@ -20,7 +20,8 @@ import numpy as np
 import keras_moe
 
 _ROOT = str(Path(keras_moe.__file__).parent)
-_NOT_CALLS = {"<listcomp>", "<genexpr>", "<dictcomp>", "<setcomp>", "<module>"}
+# `__setattr__` is Keras's doing, which sets attributes of each layer that it calls.
+_NOT_CALLS = {"<listcomp>", "<genexpr>", "<dictcomp>", "<setcomp>", "<module>", "__setattr__"}
 
 
 class CallPath:

@@ -73,9 +73,10 @@ class MoE(AddsRouterLosses, ExpertFeedForward):
             `"hash"`, `"random"`, `"uniform"`, a config or a `keras_moe.routers.Router`, which then
             brings its own loss coefficients. Defaults to `"top_k"`.
         experts: `"mlp"`, `"glu"` (gated hidden layer), a bank such as `ExpertMLP`, a Keras layer
-            that is copied E times, the config of one of these, or a list of E Keras layers; what
-            the layer does not build itself takes none of the arguments below that describe
-            experts. Defaults to `"mlp"`.
+            of which E copies with new random weights are made (`LayerExperts(copy_weights=True)`
+            keeps trained ones), the config of one of these, or a list of E Keras layers; what the
+            layer does not build itself takes none of the arguments below that describe experts.
+            Defaults to `"mlp"`.
         num_shared_experts: Integer of at least 0, experts that every token passes through, added
             unweighted. Defaults to `0`.
         weigh: `"outputs"`: a token's weights multiply what experts give; `"inputs"`: what they read

@@ -58,9 +58,10 @@ class SoftMoE(ExpertFeedForward):
             token has its own slots. Not with `"identity"`, where no token sees another. Defaults to
             `False`.
         experts: `"mlp"`, `"glu"` (gated hidden layer), a bank such as `ExpertMLP`, a Keras layer
-            that is copied E times, the config of one of these, or a list of E Keras layers; what
-            the layer does not build itself takes none of the arguments below that describe
-            experts. Defaults to `"mlp"`.
+            of which E copies with new random weights are made (`LayerExperts(copy_weights=True)`
+            keeps trained ones), the config of one of these, or a list of E Keras layers; what the
+            layer does not build itself takes none of the arguments below that describe experts.
+            Defaults to `"mlp"`.
         output_dim: Positive integer, the output width; None for the inputs' width d. Defaults to
             `None`.
         activation: Activation of the experts' hidden layer. Defaults to `"gelu"`.
