@@ -252,7 +252,8 @@ def test_training_steps_equal_those_of_keras_3(case, optimizer, eagerly):
     np.testing.assert_allclose(*losses, rtol=RTOL)
     assert_same(values(layer), values(reference))
     for variable, value in zip(layer.variables, start, strict=True):
-        assert np.any(variable.numpy() != value), f"{variable.path} did not change"
+        if variable.name != "loss_weights":  # which only a user changes
+            assert np.any(variable.numpy() != value), f"{variable.path} did not change"
     np.testing.assert_allclose(
         actual.evaluate(case.inputs, targets, **options),
         expected.evaluate(case.inputs, targets, **options),
