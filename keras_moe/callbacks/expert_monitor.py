@@ -109,9 +109,9 @@ class ExpertMonitor(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: Logs | None = None) -> None:
         self._raised = set()
-        self._check_accumulation()
         paths = ((self.csv, CsvWriter), (self.json, JsonWriter), (self.log_dir, TensorBoardWriter))
         self._writers = [make(Path(path)) for path, make in paths if path is not None]
+        self._check_accumulation()
 
     def _check_accumulation(self) -> None:
         """Warns of routers that change at other steps than the optimizer does."""
