@@ -116,6 +116,7 @@ class ExpertMonitor(keras.callbacks.Callback):
     def _check_accumulation(self) -> None:
         """Warns of routers that change at other steps than the optimizer does."""
         optimizer = getattr(self.model, "optimizer", None)
+        optimizer = getattr(optimizer, "inner_optimizer", optimizer)  # of one that scales the loss
         steps = getattr(optimizer, "gradient_accumulation_steps", None) or 1
         for name, layer in named_layers(self.model):
             router = getattr(layer, "router", None)

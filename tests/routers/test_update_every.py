@@ -83,6 +83,16 @@ def test_the_monitor_warns_where_router_and_optimizer_disagree(every, steps, war
     assert any(f"`update_every={steps or 1}`" in message for message in messages) == warns
 
 
+@pytest.mark.one_backend("attributes of optimizers")
+def test_the_monitor_looks_into_an_optimizer_that_scales_the_loss():
+    x = skewed(4)
+    model = model_of(ADAPTING["bias"]())
+    inner = keras.optimizers.SGD(0.1, gradient_accumulation_steps=4)
+    model.compile(keras.optimizers.LossScaleOptimizer(inner), "mse")
+    with pytest.warns(ExpertAlarm, match="`update_every=4`"):
+        model.fit(x, x[:, :1], verbose=0, callbacks=[callbacks.ExpertMonitor()])
+
+
 @pytest.mark.one_backend("a check of arguments")
 @pytest.mark.parametrize("name", ADAPTING)
 def test_a_number_of_batches_is_positive(name):
