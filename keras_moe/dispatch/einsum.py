@@ -5,9 +5,9 @@ from typing import NamedTuple
 import keras
 from keras import ops
 
-from keras_moe.core.pytorch import without_autocast
 from keras_moe.core.records import Routing
 from keras_moe.core.types import Size, Tensor
+from keras_moe.dispatch import backend
 from keras_moe.dispatch.dispatcher import Dispatcher, ExpertBank, needed
 
 
@@ -78,7 +78,7 @@ class EinsumDispatcher(Dispatcher):
         wide = keras.backend.result_type(dtype, "float32")
         outputs = ops.reshape(outputs, (num_experts, groups, capacity, output_dim))
         weights = ops.reshape(ops.cast(weights, wide), (groups, size, top_k))
-        with without_autocast():
+        with backend.current.without_autocast():
             combine = ops.einsum("gnkec,gnk->gnec", ops.cast(slot, wide), weights)
             sums = ops.einsum("gnec,egco->gno", combine, ops.cast(outputs, wide))
         return ops.cast(ops.reshape(sums, (count, output_dim)), dtype)

@@ -8,9 +8,9 @@ from keras import ops
 
 from keras_moe.core import checks, numerics
 from keras_moe.core.numerics import LOWEST
-from keras_moe.core.pytorch import is_recomputing
 from keras_moe.core.records import Routing, SoftRouting
 from keras_moe.core.types import Tensor
+from keras_moe.dispatch import backend
 from keras_moe.layers.loops import check_outside_of_loops
 
 _BASE = 2.0**20
@@ -56,7 +56,7 @@ class RunningSums:
         values = ops.where(ops.isfinite(values), values, ops.zeros_like(values))
         low = self._limbs[1] + values
         carry = ops.floor(low / _BASE)
-        if not is_recomputing():
+        if not backend.current.is_recomputing():
             self._limbs.assign(ops.stack([self._limbs[0] + carry, low - carry * _BASE]))
 
     def read(self) -> np.ndarray[Any, np.dtype[np.float64]]:

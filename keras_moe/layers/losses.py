@@ -17,15 +17,17 @@ class AddsRouterLosses(keras.layers.Layer):
     """Base of layers that add the losses of their router to the model's.
 
     The coefficients are a weight, `loss_weights (losses,)`, which a compiled training step reads
-    anew each time. It is not saved: a loaded layer has the coefficients that it was made with.
+    anew each time. Keras's files leave it out: a loaded layer has those that it was made with.
     """
 
     router: Router
     _loss_weights: Any = None
+    _loss_names: tuple[str, ...] = ()  # of the losses that are on, in the order of the coefficients
     _losses_scope: Any = None
 
     def _build_losses(self) -> None:
-        initial = [weight for weight in self.router.loss_weights.values() if weight]
+        on = {name: weight for name, weight in self.router.loss_weights.items() if weight}
+        self._loss_names, initial = tuple(on), list(on.values())
         if initial:
             self._loss_weights = self.add_weight(
                 name="loss_weights",
@@ -36,17 +38,13 @@ class AddsRouterLosses(keras.layers.Layer):
                 autocast=False,
             )
 
-    def _loss_names(self) -> list[str]:
-        """The losses that are on, in the order of their coefficients."""
-        return [name for name, weight in self.router.loss_weights.items() if weight]
-
     def _add_losses(self, decision: Routing) -> None:
         """Adds the router's losses, times their coefficients, to the model's."""
         if not self.router.trainable:  # Keras drops regularizers of frozen weights too
             return
         if enclosing_loop() is not None:  # which is not trained
             return
-        for index, name in enumerate(self._loss_names()):
+        for index, name in enumerate(self._loss_names):
             loss = self._loss_weights[index] * decision.losses[name]
             # In the dtype of the model's loss, to which TensorFlow adds no other.
             self.add_loss(ops.cast(loss, keras.config.floatx()))
@@ -80,12 +78,12 @@ class AddsRouterLosses(keras.layers.Layer):
         self.set_loss_weight("z_loss", weight)
 
     def _loss_weight(self, loss: str) -> float:
-        if self._loss_weights is None or loss not in self._loss_names():
+        if loss not in self._loss_names:
             return float(self.router.loss_weights.get(loss, 0.0))
-        return float(self._loss_weights[self._loss_names().index(loss)])
+        return float(self._loss_weights[self._loss_names.index(loss)])
 
     def set_loss_weight(self, loss: str, weight: float) -> None:
-        """Changes the coefficient of a loss of the built layer, also between steps of a training.
+        """Changes the coefficient of a loss of the built layer, also between epochs of a training.
 
         A callback sets it at the start of an epoch: on JAX, what it sets between two batches of an
         epoch is lost.
@@ -98,15 +96,15 @@ class AddsRouterLosses(keras.layers.Layer):
             ValueError: on another loss, a negative weight, or a layer that is not built.
         """
         weight = checks.non_negative("weight", weight)
-        names = self._loss_names()
+        if not self.built:
+            checks.fail("A layer must be built before its losses are changed.", built=False)
+        names = self._loss_names
         if loss not in names:
             checks.fail(
                 "A loss that is to be changed must have a coefficient above 0 when the layer is "
-                f"made. Those are {names}.",
+                f"made. Those are {list(names)}.",
                 loss=loss,
             )
-        if self._loss_weights is None:
-            checks.fail("A layer must be built before its losses are changed.", built=False)
         values = [weight if name == loss else self._loss_weight(name) for name in names]
         self._loss_weights.assign(ops.convert_to_tensor(values, "float32"))
 

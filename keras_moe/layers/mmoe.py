@@ -10,7 +10,6 @@ from keras import ops
 from keras_moe.core import checks, numerics
 from keras_moe.core.initializers import derived_seed, reseeded
 from keras_moe.core.loading import NamesSizes
-from keras_moe.core.pytorch import without_autocast
 from keras_moe.core.records import GateRouting
 from keras_moe.core.types import (
     Activation,
@@ -21,6 +20,7 @@ from keras_moe.core.types import (
     Shape,
     Tensor,
 )
+from keras_moe.dispatch import backend
 from keras_moe.layers.counts import RunningSums, check_built
 from keras_moe.layers.expert_mlp import ExpertMLP, checked_units
 from keras_moe.layers.freezing import FreezesParts, freeze_parts
@@ -249,7 +249,7 @@ class MMoE(FreezesParts, RematerializesExperts, NamesSizes):
         # The sum over experts is taken in float32 at least, (n, t, e) @ (n, e, out).
         wide = keras.backend.result_type(self.compute_dtype, "float32")
         expert_outputs = ops.cast(ops.transpose(expert_outputs, (1, 0, 2)), wide)
-        with without_autocast():
+        with backend.current.without_autocast():
             mixed = ops.matmul(ops.cast(routing.weights, wide), expert_outputs)
         mixed = ops.cast(mixed, self.compute_dtype)
         if token_mask is not None:

@@ -9,7 +9,6 @@ from keras import ops
 from keras_moe.core import checks
 from keras_moe.core.initializers import FiniteInitializer
 from keras_moe.core.numerics import as_float, softmax
-from keras_moe.core.pytorch import is_recomputing, without_autocast
 from keras_moe.core.records import Routing
 from keras_moe.core.seeds import SavesSeed
 from keras_moe.core.types import (
@@ -21,6 +20,7 @@ from keras_moe.core.types import (
     Size,
     Tensor,
 )
+from keras_moe.dispatch import backend
 from keras_moe.routers import losses
 from keras_moe.routers.selection import load_of
 
@@ -111,10 +111,7 @@ class Router(SavesSeed):
         ("noise_kernel", "input width", "num_experts"),
         ("projection", "input width", "num_experts"),
         ("table", "vocabulary_size", "top_k"),
-        (
-            "bias",
-            "num_experts",
-        ),
+        ("bias", "num_experts"),
     )
     jitter = 0.0  # half the width of the noise that inputs are multiplied by in training
     draws_noise = False  # in training
@@ -226,10 +223,10 @@ class Router(SavesSeed):
         if training and self.jitter:
             inputs = self._jittered(inputs)
         more = {"token_ids": token_ids} if self.needs_token_ids else {}
-        with without_autocast():
+        with backend.current.without_autocast():
             decision = self.decide(inputs, mask, training, **more)
             routing = self._record(decision, mask, num_sequences)
-        if training and not is_recomputing():
+        if training and not backend.current.is_recomputing():
             self.adapt(routing)
         return routing
 

@@ -6,8 +6,8 @@ import keras
 from keras import ops
 
 from keras_moe.core import checks
-from keras_moe.core.pytorch import is_recomputing
 from keras_moe.core.types import Config, Shape, Tensor
+from keras_moe.dispatch import backend
 from keras_moe.routers.base import Decision, LinearRouter
 from keras_moe.routers.losses import masked_sum, token_count
 from keras_moe.routers.pending import PendingSums
@@ -105,7 +105,7 @@ class ReLURouter(LinearRouter):
         fractions = ops.stop_gradient(load) * (self.num_experts / self.target_experts) / count
         penalty = self.penalty * 1.0  # a copy: torch differentiates with it after it has changed
         l1 = penalty * ops.sum(fractions * masked_sum(gates, mask)) / count
-        if training and self.trainable and not is_recomputing():
+        if training and self.trainable and not backend.current.is_recomputing():
             excess = ops.sum(load) - self.target_experts * count  # over the assignments aimed for
             sums, is_due = self._pending.add(ops.reshape(excess, (1,)))
             self.penalty.assign(penalty * ops.power(self.rate, is_due * ops.sign(sums[0])))

@@ -9,9 +9,9 @@ from keras_moe.core import checks
 from keras_moe.core.initializers import FiniteInitializer
 from keras_moe.core.loading import NamesSizes
 from keras_moe.core.numerics import as_float, softmax
-from keras_moe.core.pytorch import without_autocast
 from keras_moe.core.records import SoftRouting
 from keras_moe.core.types import Config, InitializerLike, RegularizerLike, Shape, Size, Tensor
+from keras_moe.dispatch import backend
 from keras_moe.routers.loss_weights import refuse_loss_weights
 
 _EPSILON = 1e-6  # vmoe's; the paper's x / (norm + eps) has a NaN gradient at a zero vector
@@ -129,7 +129,7 @@ class SoftRouter(NamesSizes):
         inputs = as_float(inputs, self.compute_dtype)
         batch, count, _ = ops.shape(inputs)
         self.check_count(count)
-        with without_autocast():
+        with backend.current.without_autocast():
             logits = self._logits(inputs)
             dispatch, combine = self._weights(logits, self.visible(count, mask))
         prefixes = (count,) if self.causal else ()

@@ -9,7 +9,6 @@ from keras_moe.core import checks
 from keras_moe.core.constraints import per_expert
 from keras_moe.core.initializers import PerExpertInitializer
 from keras_moe.core.numerics import as_float, softmax
-from keras_moe.core.pytorch import without_autocast
 from keras_moe.core.records import GateRouting
 from keras_moe.core.seeds import SavesSeed
 from keras_moe.core.types import (
@@ -20,6 +19,7 @@ from keras_moe.core.types import (
     Shape,
     Tensor,
 )
+from keras_moe.dispatch import backend
 from keras_moe.routers.loss_weights import refuse_loss_weights
 from keras_moe.routers.selection import scaled_to_one
 
@@ -102,7 +102,7 @@ class SoftmaxGate(SavesSeed):
 
     def call(self, inputs: Tensor, training: bool | None = None) -> GateRouting:
         inputs = as_float(inputs, self.compute_dtype)
-        with without_autocast():
+        with backend.current.without_autocast():
             logits = self._logits(inputs)
             weights = softmax(logits)
         if training and self.seed_generator is not None:

@@ -156,8 +156,13 @@ def test_the_monitor_leaves_evaluate_and_predict_alone():
     net = functional_net(functional_block())
     net.compile("sgd", "mse")
     monitor = callbacks.ExpertMonitor()
-    net.evaluate(TOKENS, TARGETS, verbose=0, callbacks=[monitor])
-    net.predict(TOKENS, verbose=0, callbacks=[monitor])
+    expected = net.evaluate(TOKENS, TARGETS, verbose=0), net.predict(TOKENS, verbose=0)
+    found = (
+        net.evaluate(TOKENS, TARGETS, verbose=0, callbacks=[monitor]),
+        net.predict(TOKENS, verbose=0, callbacks=[monitor]),
+    )
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
 @pytest.fixture(scope="module", params=[functional_net, RankingNet], ids=lambda net: net.__name__)

@@ -144,6 +144,15 @@ def test_a_loaded_layer_has_the_coefficients_it_is_made_with(tmp_path):
         np.testing.assert_array_equal(ops.convert_to_numpy(mine), ops.convert_to_numpy(its))
 
 
+@pytest.mark.one_backend("no tensors")
+def test_coefficients_keep_their_losses_whatever_the_router_is_told_later():
+    layer = built(lambda k: layers.MoE(4, 8, balance_weight=0.5, z_loss_weight=0.25), None)
+    layer.router.loss_weights["balance"] = 0.0
+    layer(tokens(), training=True)
+    assert len(layer.losses) == 2
+    assert (layer.balance_weight, layer.z_loss_weight) == (0.5, 0.25)
+
+
 @pytest.mark.one_backend("a check of arguments")
 def test_a_loss_that_is_off_cannot_be_turned_on():
     layer = built(lambda k: layers.MoE(4, 8, z_loss_weight=0.0), None)

@@ -160,3 +160,5 @@ def test_equal_sizes_are_loaded(tmp_path):
 def test_a_file_from_before_the_number_of_experts_was_stored():
     bank = layers.LayerExperts(keras.layers.Dense(D), 2)
     bank.load_own_variables({})
+    with pytest.raises(ValueError, match=r"num_experts=2\. Received: num_experts=3"):
+        bank.load_own_variables({"num_experts": np.asarray(3)})

@@ -27,9 +27,11 @@ from keras_moe.core.types import Tensor
 from keras_moe.dispatch.backend import portable
 from keras_moe.dispatch.backend.portable import (  # noqa: F401
     inverse_permutation,
+    is_recomputing,
     is_traced_for_export,
     reach,
     sort_for_export,
+    without_autocast,
 )
 from keras_moe.dispatch.layout import Rows, Slots, Stage
 

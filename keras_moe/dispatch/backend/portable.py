@@ -1,6 +1,7 @@
 """Every function of a backend's module, in Keras's operations: right on any backend, and slower."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from keras import ops
@@ -84,6 +85,16 @@ def may_have_grouped_matmul() -> bool:
 
 def is_on_cpu(tensor: Tensor) -> bool:
     """Whether what is computed from a tensor, traced or not, is computed on a CPU."""
+    return False
+
+
+def without_autocast() -> AbstractContextManager[Any]:
+    """A context in which float32 stays float32, whatever mode the backend is in."""
+    return nullcontext()
+
+
+def is_recomputing() -> bool:
+    """Whether the backend repeats a call in a backward pass: it is counted already."""
     return False
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any, TypeAlias
 
 import torch
@@ -18,6 +19,8 @@ from keras_moe.dispatch.backend import portable
 from keras_moe.dispatch.layout import Rows, Stage
 
 WALKS = HAS_GROUPED_MATMUL = True
+
+_AUTOCASTS = ("cpu", "cuda", "mps", "xpu")  # devices
 
 Bounds: TypeAlias = list[tuple[int, int]]  # where each expert's rows begin and end
 
@@ -458,6 +461,27 @@ def grouped_matmul(rows: Tensor, kernel: Tensor, ends: Tensor) -> Tensor:
     if any(width * rows.element_size() % 16 for width in widths):
         return _GroupedLinear.apply(rows, _bounds(ends), 1, kernel)[0]
     return torch.nn.functional.grouped_mm(rows, kernel, offs=ends)
+
+
+def without_autocast() -> ExitStack[Any]:
+    """A context in which `torch.autocast` leaves float32 as it is: it casts inputs of products.
+
+    A router in bfloat16 sends 1 to 5 % of the tokens to other experts.
+    """
+    stack = ExitStack()
+    for device in _AUTOCASTS:
+        if torch.is_autocast_enabled(device):
+            stack.enter_context(torch.autocast(device, enabled=False))
+    return stack
+
+
+def is_recomputing() -> bool:
+    """Whether `torch.utils.checkpoint` repeats a call, inside of a backward pass.
+
+    What a call counts or adapts belongs to its first run. What it computes must stay the same: a
+    checkpoint compares the tensors that both runs save.
+    """
+    return bool(torch._C._current_graph_task_id() != -1)
 
 
 def is_on_cpu(tensor: Tensor) -> bool:

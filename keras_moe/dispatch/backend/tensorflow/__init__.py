@@ -26,12 +26,14 @@ from keras_moe.dispatch.backend.portable import (  # noqa: F401
     eagerly,
     grouped_matmul,
     inverse_permutation,
+    is_recomputing,
     is_traced_for_export,
     may_have_grouped_matmul,
     reach,
     sort_for_export,
     value_and_gradients,
     with_gradient,
+    without_autocast,
 )
 from keras_moe.dispatch.backend.tensorflow import blocks, ranges
 from keras_moe.dispatch.backend.tensorflow.stages import Experts, Route, Static
