@@ -16,8 +16,8 @@ from keras_moe.dispatch.walk import WalkDispatcher
 class GroupedDispatcher(WalkDispatcher):
     """Sorts assignments by expert and multiplies them with a native grouped matmul.
 
-    `torch.nn.functional.grouped_mm` on PyTorch, `jax.lax.ragged_dot` on JAX. Whether the platform
-    has a good one is found out at first use, and checked against the portable path: see
+    `torch.nn.functional.grouped_mm` on PyTorch; on JAX Triton kernels of this library on an NVIDIA
+    GPU and `jax.lax.ragged_dot` elsewhere. Its values and gradients are checked at first use: see
     `keras_moe.dispatch.native`. The backward pass keeps the rows and all that activations read and
     gave.
     """

@@ -1,13 +1,11 @@
-"""The platform's own grouped matmul: looked for at first use, checked once, never assumed.
+"""The platform's grouped matmul: known by the kind of device, checked once, never assumed.
 
 A wrong gradient hides behind an absolute tolerance (cuDNN's, for groups that are not aligned,
 passed its users' tests), so the check is relative, with ragged and empty groups. And there are
-platforms where the native way is correct and E times too slow, so its time is measured too.
+platforms where the native way is correct and E times too slow: those are known by their kind.
 """
 
 import functools
-import time
-from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -19,7 +17,7 @@ from keras_moe.dispatch import backend
 
 _COUNTS = (37, 0, 91, 1, 0, 60, 3, 64)  # ragged, empty, of no multiple of anything
 _TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 4e-3}  # relative to the largest entry
-_SLOWER_AT_MOST = 2.0  # than a batched matmul of the same FLOPs
+_WORSE_AT_MOST = 8.0  # than a plain product here: a GPU may take float32 for tf32, at 1e-3
 
 
 def matmul(rows: Tensor, kernel: Tensor, ends: Tensor) -> Tensor:
@@ -55,12 +53,14 @@ def check(dtype: str) -> None:
 
 
 def is_good(dtype: str) -> bool:
-    """Whether the native grouped matmul is there, right, and about as fast as a batched matmul."""
+    """Whether this kind of device has a native grouped matmul worth using, and it is right.
+
+    By kind, never by a time: two processes of one program must not choose differently.
+    """
     module = _module()
     if module is None or not module.may_have_grouped_matmul():
         return False
-    name = keras.backend.backend()
-    return _problem(name, dtype) is None and _slowdown(name, dtype) < _SLOWER_AT_MOST
+    return _problem(keras.backend.backend(), dtype) is None
 
 
 @functools.cache
@@ -84,17 +84,22 @@ def _problem(backend_name: str, dtype: str) -> str | None:
         value, gradients = module.value_and_gradients(
             lambda rows, kernel: module.grouped_matmul(rows, kernel, ends), *arguments
         )
-        return [ops.cast(each, "float32") for each in (value, *gradients)]
+        plain = ops.matmul(arguments[0], arguments[1][0])
+        return [ops.cast(each, "float32") for each in (plain, value, *gradients)]
 
     try:
-        found = [ops.convert_to_numpy(each) for each in module.eagerly(compute)]
+        plain, *found = [ops.convert_to_numpy(each) for each in module.eagerly(compute)]
     except Exception as error:  # whatever a platform's kernel may raise
         return f"it fails with {type(error).__name__}: {error}."
-    expected = _by_groups(rows, kernel)
-    errors = [np.abs(f - e).max() / np.abs(e).max() for f, e in zip(found, expected, strict=True)]
-    if max(errors) > _TOLERANCE[dtype]:
-        return f"its largest relative error is {max(errors):.1e}."
+    errors = list(map(_relative_error, found, _by_groups(rows, kernel)))
+    tolerance = max(_TOLERANCE[dtype], _WORSE_AT_MOST * _relative_error(plain, rows @ kernel[0]))
+    if max(errors) > tolerance:
+        return f"its largest relative error is {max(errors):.1e}, over {tolerance:.1e}."
     return None
+
+
+def _relative_error(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
 def _by_groups(rows: np.ndarray, kernel: np.ndarray) -> list[np.ndarray]:
@@ -104,29 +109,6 @@ def _by_groups(rows: np.ndarray, kernel: np.ndarray) -> list[np.ndarray]:
     by_rows = [2 * value @ k.T for value, k in zip(values, kernel, strict=True)]
     by_kernel = [2 * part.T @ value for part, value in zip(parts, values, strict=True)]
     return [np.concatenate(values), np.concatenate(by_rows), np.stack(by_kernel)]
-
-
-@functools.cache
-def _slowdown(backend_name: str, dtype: str) -> float:
-    """Time of a grouped matmul over that of a batched one of the same FLOPs."""
-    module = _module()
-    experts, each, width = 8, 512, 512
-    rows = ops.ones((experts * each, width), dtype=dtype)
-    kernel = ops.ones((experts, width, width), dtype=dtype)
-    ends = ops.convert_to_tensor(np.arange(1, experts + 1, dtype="int32") * each)
-    batched = ops.reshape(rows, (experts, each, width))
-
-    def seconds(function: Callable[[], Any]) -> float:
-        module.eagerly(function)
-        taken = []
-        for _ in range(5):
-            began = time.perf_counter()
-            module.eagerly(function)
-            taken.append(time.perf_counter() - began)
-        return min(taken)
-
-    grouped = seconds(lambda: module.grouped_matmul(rows, kernel, ends))
-    return grouped / max(seconds(lambda: ops.matmul(batched, kernel)), 1e-9)
 
 
 def _module() -> Any:

@@ -15,7 +15,9 @@ assignment. Rows are gathered from the tokens block by block and never stand in 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -447,7 +449,11 @@ _with_gradient.defvjp(_with_gradient_forward, _with_gradient_backward)
 
 
 def grouped_matmul(rows: Tensor, kernel: Tensor, ends: Tensor) -> Tensor:
-    """XLA's own grouped matmul: good on TPU, lowered to E dense matmuls on a CPU."""
+    """A kernel of ours on an NVIDIA GPU; elsewhere XLA's own, which is good on a TPU only."""
+    if _has_tensor_cores():
+        from keras_moe.dispatch.backend import jax_gpu
+
+        return jax_gpu.grouped_matmul(rows, kernel, ends)
     return lax.ragged_dot(rows, kernel, jnp.diff(ends, prepend=0))
 
 
@@ -457,14 +463,26 @@ def is_on_cpu(tensor: Tensor) -> bool:
 
 
 def may_have_grouped_matmul() -> bool:
-    """Whether a probe of `grouped_matmul` is worth its time on this device."""
-    return jax.default_backend() != "cpu"
+    """Whether this kind of device has a `grouped_matmul` that beats a walk."""
+    return jax.default_backend() == "tpu" or _has_tensor_cores()
+
+
+@functools.cache
+def _has_tensor_cores() -> bool:
+    """Whether the default device is an NVIDIA GPU of the Ampere generation or later."""
+    if jax.default_backend() != "gpu":
+        return False
+    device = jax.devices()[0]
+    capability = str(getattr(device, "compute_capability", "0"))  # of AMD's: a name, as "gfx942"
+    return capability.replace(".", "").isdigit() and float(capability) >= 8.0
 
 
 def eagerly(function: Callable[[], Any]) -> Any:
     """Runs a function now, also while a program is being traced."""
-    with jax.ensure_compile_time_eval():
-        return jax.tree.map(jax.block_until_ready, function())
+    # In a thread of its own, which traces nothing: kernels of Pallas fail in what JAX has for this,
+    # `ensure_compile_time_eval`.
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(lambda: jax.tree.map(jax.block_until_ready, function())).result()
 
 
 def value_and_gradients(function: Callable[..., Tensor], *arguments: Tensor) -> tuple[Any, Any]:

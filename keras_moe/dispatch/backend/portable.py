@@ -79,7 +79,7 @@ def _expert_of(rows: Tensor, ends: Tensor) -> Tensor:
 
 
 def may_have_grouped_matmul() -> bool:
-    """Whether a probe of `grouped_matmul` is worth its time on this device."""
+    """Whether this kind of device has a `grouped_matmul` that beats a walk."""
     return False
 
 
