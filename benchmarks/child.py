@@ -20,7 +20,7 @@ from benchmarks import engines, environment
 from benchmarks.contender import Options
 from benchmarks.measure.case import NotApplicable, first_line, measure_row
 from benchmarks.results import Store
-from benchmarks.rows import Row, select
+from benchmarks.rows import FORWARD, Row, Sizes, select
 
 
 class RowTooLong(BaseException):
@@ -65,6 +65,27 @@ def run_rows(
         seconds = time.perf_counter() - start
         store.end(row.name, {**result, "dtype": used, "took_seconds": round(seconds, 1)})
         print(f"{options.backend}: {row.name}, {seconds:.0f} s", flush=True)
+        if row.kind == "accelerator":
+            _print_rates(result)
+
+
+def _print_rates(result: dict[str, Any]) -> None:
+    """Prints at once what a run that is cut off would not come to print."""
+    sizes = Sizes(**result["sizes"]) if "sizes" in result else None
+    for line in result.get("lines", ()):
+        matmuls = 3 if "glu" in line["against"] else 2
+        flops = 2 * sizes.tokens * sizes.top_k * sizes.width * sizes.hidden * matmuls
+        rates = []
+        for name in (line["subject"], line["against"]):
+            seconds = line["measured"][name]["median"] / (1 if line["pass"] == FORWARD else 3)
+            rates.append(f"{seconds * 1e3:.3f} ms, {flops / seconds / 1e12:.0f} TFLOP/s")
+        print(
+            f"  {line['pass']:8s} {line['subject']} / {line['against']}: "
+            f"{line['ratio']['median']:.2f} ({' / '.join(rates)} per matmul pass)",
+            flush=True,
+        )
+    for failure in [*result.get("failures", ()), *([result] if "error" in result else ())]:
+        print(f"  {failure}", flush=True)
 
 
 def main(arguments: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import keras
 
+from benchmarks.rows import Sizes
 from keras_moe.core.types import Shape, Tensor
 
 ACTIVATION = "gelu"  # the default of keras_moe's layers
@@ -63,6 +64,34 @@ def gated_ffn(width: int, hidden: int) -> keras.Layer:
     """`GatedFFN`, built."""
     layer = GatedFFN(hidden)
     layer.build((None, width))
+    return layer
+
+
+class BatchedFFN(keras.layers.Layer):
+    """Both products of all experts on equal shares of the assignments, and the sum over choices."""
+
+    def __init__(self, sizes: Sizes, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.sizes = sizes
+
+    def build(self, input_shape: Shape) -> None:
+        _, width, hidden, experts, _ = self.sizes
+        self.up = self.add_weight(shape=(experts, width, hidden), name="up")
+        self.down = self.add_weight(shape=(experts, hidden, width), name="down")
+
+    def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
+        del training
+        hidden = keras.activations.get(ACTIVATION)(keras.ops.matmul(inputs, self.up))
+        outputs = keras.ops.matmul(hidden, self.down)
+        return keras.ops.sum(
+            keras.ops.reshape(outputs, (self.sizes.top_k, -1, self.sizes.width)), axis=0
+        )
+
+
+def batched_ffn(sizes: Sizes) -> keras.Layer:
+    """`BatchedFFN`, built. It takes `(E, k T / E, d)`."""
+    layer = BatchedFFN(sizes)
+    layer.build((sizes.experts, None, sizes.width))
     return layer
 
 

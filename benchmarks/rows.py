@@ -78,6 +78,14 @@ def _rows(
     ]
 
 
+# DeepSeek's and OLMoE's, Mixtral's, Qwen3's, and Qwen3's while it writes 64 texts.
+_LANGUAGE_MODELS = [
+    (32768, 2048, 1408, 64, 8),
+    (16384, 4096, 14336, 8, 2),
+    (32768, 2048, 768, 128, 8),
+    (64, 2048, 768, 128, 8),
+]
+
 ROWS: tuple[Row, ...] = (
     *_rows(
         "dropless",
@@ -194,13 +202,20 @@ ROWS: tuple[Row, ...] = (
     ),
     *_rows(
         "gpu",
-        "MoE, dropless, sizes of language models / dense FFN",
-        "feed_forward",
-        [(32768, 2048, 1408, 64, 8), (16384, 4096, 14336, 8, 2)],
+        "MoE, dropless, sizes of language models / dense FFN, or batched products",
+        "accelerator",
+        _LANGUAGE_MODELS,
         dtype="bfloat16",
     ),
+    *_rows(
+        "gpu-mixed",
+        "MoE, dropless, weights in float32 / dense FFN, or batched products",
+        "accelerator",
+        [_LANGUAGE_MODELS[2], _LANGUAGE_MODELS[3]],
+        dtype="mixed_bfloat16",
+    ),
 )
-ON_REQUEST = frozenset({"gpu"})  # groups that run only when named
+ON_REQUEST = frozenset({"gpu", "gpu-mixed"})  # groups that run only when named
 
 
 def select(asked: Iterable[str] | None) -> list[Row]:

@@ -65,7 +65,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         default=True,
         help="measure other libraries' layers too, where they are installed",
     )
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: the row's")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "mixed_bfloat16"], help="default: the row's"
+    )
     parser.add_argument("--repeats", type=int, default=15, help="rounds (default: 15)")
     parser.add_argument(
         "--seconds",

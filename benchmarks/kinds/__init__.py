@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from benchmarks.contender import Case, Options
-from benchmarks.kinds import decode, feed_forward, mmoe, parts, skew, soft, variants
+from benchmarks.kinds import accelerator, decode, feed_forward, mmoe, parts, skew, soft, variants
 from benchmarks.rows import Row
 
 KINDS = {
+    "accelerator": accelerator.case,
     "compile": variants.compile_time,
     "decode": decode.case,
     "feed_forward": feed_forward.case,

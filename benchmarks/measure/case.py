@@ -61,18 +61,22 @@ def first_line(error: BaseException) -> str:
 def measure_row(row: Row, engine: Engine, options: Options) -> dict[str, Any]:
     """Measures a row: sizes, facts, and a line per comparison and pass."""
     case = build_case(row, options)
+    on_accelerator = row.kind == "accelerator"
     layers = Layers({contender.name: contender for contender in case.contenders})
     measure = {"memory": _memory, "compile": _compile}.get(row.kind, _times)
     lines = []
+    peaks: dict[str, dict[str, int]] = {}
     for which in case.passes:
         samples = measure(row, layers, engine, which, options)
         lines += _lines(case, which, samples, layers)
         gc.collect()
+        if on_accelerator:
+            peaks[which] = _peaks(layers, engine, which)
     return {
         "group": row.group,
         "sizes": row.sizes._asdict(),
         "capacity_factor": row.capacity_factor,
-        "facts": dict(case.facts),
+        "facts": {**case.facts, **({"step_bytes": peaks} if peaks else {})},
         "lines": lines,
         "failures": layers.failures,
     }
@@ -106,6 +110,19 @@ def _memory(row: Row, layers: Layers, engine: Engine, which: str, options: Optio
         if all(len(sizes) > 1 and sizes[-1] == sizes[-2] for sizes in samples.values()):
             break  # what a compiler reserves is the same each time
     return samples
+
+
+def _peaks(layers: Layers, engine: Engine, which: str) -> dict[str, int]:
+    """Bytes that a step takes beyond weights, inputs and gradients, where the engine knows."""
+    peaks: dict[str, int] = {}
+
+    def take(name: str, contender: Contender, layer: Any) -> None:
+        size = engine.memory(layer, contender, which)
+        if size is not None:
+            peaks[name] = size
+
+    layers.for_each(which, take)
+    return peaks
 
 
 def _compile(row: Row, layers: Layers, engine: Engine, which: str, options: Options) -> Samples:

@@ -1,6 +1,7 @@
 """Whole runs, and runs that are killed."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -44,6 +45,38 @@ def python(*arguments):
     return subprocess.run(
         [sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True
     )
+
+
+def test_the_rows_for_a_gpu_run_on_a_cpu_in_tiny_sizes(tmp_path):
+    out = tmp_path / "gpu.json"
+    row = "gpu-mixed-64-2048-768-128-8"
+    done = python(
+        "-m", "benchmarks.run", "--backend", "torch", "--quick", "--no-peers",
+        "--rows", row, "--out", out,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (record,) = read(out)
+    result = record["rows"][row]
+    assert result["failures"] == [] and result["dtype"] == "mixed_bfloat16"
+    against = [(line["pass"], line["against"]) for line in result["lines"]]
+    assert against == [(p, a) for p in ("forward", "gradient") for a in ("dense", "batched")]
+    assert "TFLOP/s" in done.stdout
+
+
+def test_the_script_for_a_gpu_runs_on_a_cpu(tmp_path):
+    """Its checks and rows have tests of their own; this is the script, with one of its steps."""
+    environment = {**os.environ, "QUICK": "1", "STEPS": "candidates-torch"}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    script = ROOT / "benchmarks/accelerator/run.sh"
+    done = subprocess.run(
+        ["bash", script, tmp_path], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    records = json.loads((tmp_path / "candidates_torch.json").read_text())["records"]
+    mine = [record for record in records if record["who"] == "grouped_mm"]
+    assert [record["pass"] for record in mine] == ["forward", "by rows", "by kernels"]
+    assert all(record["error"] < 5e-3 for record in mine)
+    assert "candidates-torch: exit 0" in done.stdout
 
 
 def test_a_quick_run_of_one_row(tmp_path):

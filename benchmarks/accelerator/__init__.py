@@ -1,0 +1,1 @@
+"""What a machine with an accelerator is asked, in one command: see `run.sh`."""
