@@ -82,8 +82,7 @@ CORE_TESTS := tests/callbacks tests/dispatch tests/layers tests/models tests/opt
 
 # Most of a test's time goes into compiling small programs. So LLVM does not optimise them, XLA still does, and JAX
 # takes those that it knows from a run before. `test-once` compiles as users do.
-test-tensorflow: export XLA_FLAGS ?= --xla_backend_optimization_level=0
-test-jax: export XLA_FLAGS ?= --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false
+test-jax test-tensorflow: export XLA_FLAGS ?= --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false
 test-jax: export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax_cache
 test-jax: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
 

@@ -1,15 +1,35 @@
 """Values and gradients of a layer as NumPy arrays, the same way on every backend."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import keras
 import numpy as np
+import pytest
 from keras import ops
 
 TOLERANCE = 1e-5  # of an array's largest entry, float32 against a float64 oracle
 
 # Below this size an array that is zero in exact arithmetic holds rounding only.
 _SMALLEST_SCALE = 1e-2
+
+
+def some_everywhere(cases: Iterable[Any], everywhere: Iterable[str], reason: str) -> list[Any]:
+    """Parameters for a test: PyTorch runs all cases, the other backends those named.
+
+    Args:
+        cases: the names of cases, or their values by name.
+        everywhere: names of the cases that stand for the others on a backend that compiles.
+        reason: why no backend can break the others alone.
+    """
+    values = cases if isinstance(cases, dict) else {str(case): case for case in cases}
+    everywhere = set(everywhere)
+    assert everywhere and everywhere <= set(values), everywhere - set(values)
+    of_one = pytest.mark.one_backend(reason)
+    return [
+        pytest.param(value, id=name, marks=() if name in everywhere else of_one)
+        for name, value in values.items()
+    ]
 
 
 def path_of(layer: keras.layers.Layer, variable: Any) -> str:

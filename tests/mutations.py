@@ -339,7 +339,9 @@ def red_tests(copy: Path, mutation: Mutation) -> list[str]:
     if backend == "tfrs":
         environment["TF_USE_LEGACY_KERAS"] = "1"
     if backend != "torch":
-        environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+        environment["XLA_FLAGS"] = (
+            "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+        )
     command = [sys.executable, "-m", "pytest", "-n", "2", "-q", "--tb=no", "-rfE"]
     command += [*mutation.tests, "-k", mutation.select]
     run = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)

@@ -12,6 +12,8 @@ import pytest
 from keras_moe import callbacks, layers, routers
 from keras_moe.inspection.alarms import alarms as find_alarms
 
+of_python = pytest.mark.one_backend("what the callback writes of numbers that others compare")
+
 
 def fit(*mixtures, x=None, monitor=None, epochs=2, **arguments):
     x = np.random.default_rng(0).normal(size=(24, 6)).astype("float32") if x is None else x
@@ -52,6 +54,7 @@ def test_scalars_in_history():
             assert 0 < history[key][0] <= np.log(4) + 1e-6
 
 
+@of_python
 def test_scalars_are_in_the_progress_bar(capsys):
     fit(layers.SwitchFFN(4, 8, name="switch"), verbose=1, epochs=1)
     shown = capsys.readouterr().out
@@ -101,6 +104,7 @@ def test_each_epoch_starts_anew():
     assert layer.running_counts()["decisions"] == 0
 
 
+@of_python
 def test_every():
     seen = []
 
@@ -119,6 +123,7 @@ def test_every():
     assert seen == [False] * 9 + [True] * 3  # a look costs: benchmarks/watching.py
 
 
+@of_python
 def test_nested_models_and_equal_names():
     def block():
         inputs = keras.Input((6,))
@@ -132,6 +137,7 @@ def test_nested_models_and_equal_names():
     assert {"moe/load_cv", "moe#2/load_cv"} < set(history)
 
 
+@of_python
 def test_a_model_without_mixtures_is_left_alone():
     assert set(fit(keras.layers.Dense(6))) == {"loss"}
 
@@ -181,6 +187,7 @@ def kinds(counts, layer=None):
     return [alarm.kind for alarm in find_alarms(layer, counts)]
 
 
+@of_python
 def test_alarms_by_hand():
     assert kinds(counted([25, 25, 25, 25])) == []
     assert kinds(counted([70, 20, 6, 4])) == []
@@ -195,6 +202,7 @@ def test_alarms_by_hand():
     assert kinds(counted([25, 25, 25, 25], dropped=9.0), dropping) == []
 
 
+@of_python
 def test_a_polarised_gate_is_named():
     layer = layers.MMoE(3, [4], ["click", "like"])
     gates = np.array([[95.0, 3.0, 2.0], [30.0, 30.0, 40.0]])
@@ -204,6 +212,7 @@ def test_a_polarised_gate_is_named():
     assert "Gates that take one expert alone: 'click' (expert 0)." in alarm.message
 
 
+@of_python
 def test_files_hold_every_number(tmp_path):
     monitor = callbacks.ExpertMonitor(
         csv=tmp_path / "a" / "experts.csv", json=tmp_path / "experts.jsonl", log_dir=tmp_path / "tb"
@@ -258,6 +267,7 @@ def test_tensorboard_is_written_without_tensorflow(tmp_path):
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@of_python
 def test_monitor_comes_back_from_its_config():
     monitor = callbacks.ExpertMonitor(every=3, metrics=["max_violation"], alarms=False, csv="a.csv")
     again = callbacks.ExpertMonitor(**monitor.get_config())

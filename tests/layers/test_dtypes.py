@@ -8,6 +8,7 @@ import pytest
 
 from keras_moe import layers, routers
 from tests.contract import D, arrays, run
+from tests.helpers import some_everywhere
 
 LAYERS = {
     "moe": lambda: layers.MoE(4, 8),
@@ -89,16 +90,31 @@ if keras.backend.backend() == "jax":
     FLOAT64 = ["moe", "soft", "mmoe"]
 
 
-@pytest.mark.parametrize("name", FLOAT64)
-def test_fit_in_float64(name, float64):
-    """An auxiliary loss in float32 cannot be added to one in float64 on TensorFlow."""
+def model_in_float64(name):
     layer = LAYERS[name]() if name in LAYERS else layers.MoE(4, 8, router=name)
     inputs = keras.Input((5, D))
     outputs = keras.tree.flatten(layer(inputs))
     model = keras.Model(inputs, outputs[0])
     model.compile(keras.optimizers.SGD(0.1), "mse")
-    x = np.random.default_rng(0).normal(size=(8, 5, D))
+    return model, np.random.default_rng(0).normal(size=(8, 5, D))
+
+
+@pytest.mark.parametrize("name", FLOAT64)
+def test_fit_in_float64(name, float64):
+    """An auxiliary loss in float32 cannot be added to one in float64 on TensorFlow."""
+    model, x = model_in_float64(name)
     losses = model.fit(x, np.sin(x), epochs=2, verbose=0).history["loss"]
     assert np.isfinite(losses).all()
+    assert model.output.dtype == "float64"
+
+
+@pytest.mark.parametrize(
+    "name",
+    some_everywhere(
+        FLOAT64, ["moe", "soft", "mmoe"], "`fit` computes and adds all that these compute"
+    ),
+)
+def test_evaluate_and_predict_in_float64(name, float64):
+    model, x = model_in_float64(name)
     assert np.isfinite(model.evaluate(x, np.sin(x), verbose=0))
     assert model.predict(x, verbose=0).dtype == np.float64

@@ -7,6 +7,7 @@ import pytest
 from keras_moe import layers
 from keras_moe.models import QKNormAttention
 from tests.contract import D, arrays, tokens
+from tests.helpers import some_everywhere
 
 MIXTURES = {
     "bias": lambda **k: layers.MoE(4, 8, router="sigmoid_bias", num_shared_experts=1, **k),
@@ -56,7 +57,14 @@ def changed(model):
 AROUND = {f"{place}/{name}" for place in ("before", "after") for name in ("kernel", "bias")}
 
 
-@pytest.mark.parametrize("name", MIXTURES)
+# What a batch moves beside gradients, and experts that Keras makes late. The rest is no more than
+# which variables Keras hands to the optimizer.
+EVERYWHERE = ["bias", "penalty", "Keras layers"]
+
+
+@pytest.mark.parametrize(
+    "name", some_everywhere(list(MIXTURES), EVERYWHERE, "Keras chooses the variables that train")
+)
 def test_only_what_is_around_it_trains(name, tmp_path):
     """Not the selection bias, the penalty or anything else that a batch moves either."""
     frozen = MIXTURES[name](name="mixture")
@@ -72,7 +80,9 @@ def test_only_what_is_around_it_trains(name, tmp_path):
     assert changed(again) == AROUND
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(
+    "when", some_everywhere(["before", "after"], ["after"], "flags of variables, set in Python")
+)
 @pytest.mark.parametrize("part", ["router", "experts"])
 def test_a_part_alone(part, when, tmp_path):
     mixture = layers.MoE(4, 8, router="sigmoid_bias", name="mixture")

@@ -6,6 +6,7 @@ import pytest
 
 from keras_moe import layers, routers
 from tests import helpers
+from tests.helpers import some_everywhere
 
 D = 6
 
@@ -88,7 +89,14 @@ def trained(make, remat):
     return history.history["loss"], weights, layer.running_counts(), layer
 
 
-@pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS.keys())
+# Every way to compute experts, every kind of noise, state and losses; not their combinations.
+EVERYWHERE = ["moe", "switch", "bank_activation", "shared_dropout", "soft_bank", "mmoe_dropout"]
+EVERYWHERE += ["keras", "nested"]
+
+
+@pytest.mark.parametrize(
+    "make", some_everywhere(LAYERS, EVERYWHERE, "the same calls in other combinations")
+)
 def test_changes_nothing_but_memory(make):
     losses, weights, counts, _ = trained(make, remat=False)
     again_losses, again_weights, again_counts, layer = trained(make, remat=True)
@@ -107,7 +115,9 @@ SCOPES = {
 }
 
 
-@pytest.mark.parametrize("scope", SCOPES.values(), ids=SCOPES.keys())
+@pytest.mark.parametrize(
+    "scope", some_everywhere(SCOPES, ["full"], "which layers a scope means is decided in Python")
+)
 @pytest.mark.parametrize("is_made_inside", [False, True])
 @pytest.mark.parametrize("kind", [layers.MoE, layers.SoftMoE])
 def test_a_layer_that_is_built_in_a_scope(kind, is_made_inside, scope):

@@ -7,6 +7,7 @@ from keras import ops
 
 from keras_moe import layers
 from tests.contract import D, tokens
+from tests.helpers import some_everywhere
 
 
 @keras.saving.register_keras_serializable(package="keras_moe_tests")
@@ -57,7 +58,14 @@ def model_of(name):
     return model
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(
+    "name",
+    some_everywhere(
+        list(CALLS),
+        ["a layer", "a layer around it", "every step"],
+        "Keras collects the losses of a model as those of a layer around",
+    ),
+)
 def test_the_losses_of_all_calls_are_in_the_loss_of_fit(name):
     x = tokens(4)
     model = model_of(name)

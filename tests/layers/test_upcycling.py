@@ -6,6 +6,7 @@ import pytest
 
 from keras_moe import layers
 from tests.contract import arrays, run
+from tests.helpers import some_everywhere
 
 D = 6
 X = np.random.default_rng(0).normal(size=(21, D)).astype("float32")
@@ -54,7 +55,10 @@ def trained(make):
     return dense
 
 
-@pytest.mark.parametrize("mixture", MIXTURES.values(), ids=MIXTURES.keys())
+@pytest.mark.parametrize(
+    "mixture",
+    some_everywhere(MIXTURES, ["moe", "soft_gate"], "the experts' slots, as in other tests"),
+)
 @pytest.mark.parametrize("make", DENSE.values(), ids=DENSE.keys())
 def test_equals_the_dense_layer_at_the_start(make, mixture):
     """Equal experts, whose weights sum to 1."""
@@ -79,7 +83,14 @@ def test_experts_part_in_training_and_leave_the_dense_layer_alone():
         np.testing.assert_array_equal(now, then)
 
 
-@pytest.mark.parametrize("make", [DENSE["dense"], DENSE["sequential"]])
+@pytest.mark.parametrize(
+    "make",
+    some_everywhere(
+        {name: DENSE[name] for name in ("dense", "sequential")},
+        ["sequential"],
+        "one layer is a `Sequential` of one",
+    ),
+)
 def test_a_model_that_first_builds_in_fit_starts_from_the_weights(make):
     dense = trained(make)
     bank = layers.LayerExperts(dense, 4, copy_weights=True)
