@@ -18,7 +18,7 @@ def some_everywhere(cases: Iterable[Any], everywhere: Iterable[str], reason: str
     """Parameters for a test: PyTorch runs all cases, the other backends those named.
 
     Args:
-        cases: the names of cases, or their values by name.
+        cases: the names of cases, or their values by name; a tuple has one for each argument.
         everywhere: names of the cases that stand for the others on a backend that compiles.
         reason: why no backend can break the others alone.
     """
@@ -27,7 +27,11 @@ def some_everywhere(cases: Iterable[Any], everywhere: Iterable[str], reason: str
     assert everywhere and everywhere <= set(values), everywhere - set(values)
     of_one = pytest.mark.one_backend(reason)
     return [
-        pytest.param(value, id=name, marks=() if name in everywhere else of_one)
+        pytest.param(
+            *(value if isinstance(value, tuple) else [value]),
+            id=name,
+            marks=() if name in everywhere else of_one,
+        )
         for name, value in values.items()
     ]
 

@@ -254,6 +254,7 @@ def read_events(path):
     return {e.step: {v.tag: v.simple_value for v in e.summary.value} for e in events[1:]}
 
 
+@of_python
 def test_tensorboard_is_written_without_tensorflow(tmp_path):
     """`keras.callbacks.TensorBoard` imports TensorFlow on every backend."""
     if keras.backend.backend() == "tensorflow":

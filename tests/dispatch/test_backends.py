@@ -85,6 +85,7 @@ def outputs_of(arguments):
     return ops.convert_to_numpy(layer(rng.normal(size=(6, 4)).astype("float32")))
 
 
+@pytest.mark.one_backend("looks at Keras on NumPy, beside what other tests compare everywhere")
 def test_inference_without_any_engine(tmp_path):
     """Keras on NumPy, for serving where nothing else is installed: the same numbers."""
     code = "from tests.dispatch.test_backends import *; np.savez(sys.argv[1], **{"

@@ -1,5 +1,6 @@
 """Capacity both ways, in slots and as a walk over what is kept: the same drops and gradients."""
 
+import itertools
 import math
 from fractions import Fraction
 
@@ -14,6 +15,8 @@ from keras_moe import layers
 from keras_moe.core.numerics import slots_per_expert
 from keras_moe.dispatch import WalkDispatcher, backend, choose, costs
 from tests import helpers
+from tests.contract import run
+from tests.helpers import some_everywhere
 
 SLOTS, WALK = float("inf"), 0.0
 
@@ -36,9 +39,20 @@ def prefer(monkeypatch, least):
     monkeypatch.setitem(costs._WALK_FROM, keras.backend.backend(), least)
 
 
-@pytest.mark.parametrize("experts", ["mlp", "glu"])
-@pytest.mark.parametrize("group", ["batch", "example"])
-@pytest.mark.parametrize("factor", [0.3, 0.7, 2.0])
+BOTH_WAYS = list(itertools.product([0.3, 0.7, 2.0], ["batch", "example"], ["mlp", "glu"]))
+# Each factor, group and kind of experts, with some of the others.
+EVERYWHERE = [(0.3, "example", "mlp"), (0.7, "batch", "glu"), (0.7, "example", "glu")]
+EVERYWHERE += [(2.0, "batch", "mlp")]
+
+
+@pytest.mark.parametrize(
+    ("factor", "group", "experts"),
+    some_everywhere(
+        {"-".join(map(str, each)): each for each in BOTH_WAYS},
+        ["-".join(map(str, each)) for each in EVERYWHERE],
+        "drops do not know the experts",
+    ),
+)
 def test_both_ways_agree(monkeypatch, taken, factor, group, experts):
     layer = layers.MoE(5, 7, top_k=2, capacity_factor=factor, capacity_group=group, experts=experts)
     layer.build((None, None, 4))
@@ -61,8 +75,18 @@ def test_both_ways_agree(monkeypatch, taken, factor, group, experts):
     helpers.assert_all_close(by_walk, in_slots)
 
 
-@pytest.mark.parametrize("group", ["batch", "example"])
-@pytest.mark.parametrize("dispatch", sorted(choose.DISPATCHERS))
+DISPATCHED = {
+    f"{dispatch}-{group}": (dispatch, group)
+    for dispatch in sorted(choose.DISPATCHERS)
+    for group in ("batch", "example")
+}
+# Drops of an example have their own path where there are slots, and in einsums.
+DROPS = [name for name in DISPATCHED if name.endswith("batch")] + ["slots-example", "walk-example"]
+
+
+@pytest.mark.parametrize(
+    ("dispatch", "group"), some_everywhere(DISPATCHED, DROPS, "the same drops, met with others")
+)
 def test_every_dispatcher_drops_the_same(dispatch, group):
     """And is in a config by its name."""
     layer = layers.MoE(
@@ -89,13 +113,15 @@ def test_every_dispatcher_drops_the_same(dispatch, group):
 
 
 @pytest.mark.parametrize("factor", [1.0, 2.0, 4.0])
-@pytest.mark.parametrize("is_built", [False, True])
+@pytest.mark.parametrize(
+    "is_built", some_everywhere({"False": False, "True": True}, ["True"], "a choice in Python")
+)
 def test_the_plan_is_what_a_call_takes(taken, factor, is_built):
     layer = layers.MoE(8, 8, capacity_factor=factor)
     if is_built:
         layer.build((None, 4))
     plan = layer.dispatch_plan(64, training=False)
-    layer(ops.ones((64, 4)))
+    run(layer, np.ones((64, 4), "float32"))
     assert (plan.dispatcher == "walk") == bool(taken)
 
 
@@ -105,14 +131,14 @@ def test_the_plan_is_what_a_call_takes(taken, factor, is_built):
 def test_which_way_is_taken(taken, factor, experts):
     """Where most slots would stay empty a bank walks; Keras layers, of unknown cost, never do."""
     arguments = {"hidden_dim": 8} if experts is None else {"experts": experts}
-    layers.MoE(8, capacity_factor=factor, **arguments)(ops.ones((64, 4)))
+    run(layers.MoE(8, capacity_factor=factor, **arguments), np.ones((64, 4), "float32"))
     walks = experts is None and (factor == 4.0 or keras.backend.backend() == "torch")
     assert bool(taken) == walks
 
 
 def test_an_accelerator_takes_slots(monkeypatch, taken):
     monkeypatch.setattr(backend.current, "is_on_cpu", lambda tensor: False)
-    layers.MoE(8, 8, capacity_factor=4.0)(ops.ones((64, 4)))
+    run(layers.MoE(8, 8, capacity_factor=4.0), np.ones((64, 4), "float32"))
     assert not taken
 
 
@@ -130,8 +156,7 @@ def test_by_hand(monkeypatch):
 
 def test_large_experts_walk_on_jax(taken):
     """64 rows for each of 8 experts of 2 x 1024 x 1024 weights: 1.3e8 multiply-adds."""
-    layer = layers.MoE(8, 1024, capacity_factor=1.0)
-    layer(ops.ones((256, 1024)))
+    run(layers.MoE(8, 1024, capacity_factor=1.0), np.ones((256, 1024), "float32"))
     assert bool(taken) == (keras.backend.backend() in ("jax", "torch"))
 
 

@@ -125,7 +125,7 @@ def jvp(layer):
     if BACKEND == "jax":
         import jax
 
-        return jax.jvp(function, (x,), (v,))[1]
+        return jax.jit(lambda x, v: jax.jvp(function, (x,), (v,))[1])(x, v)
     if BACKEND == "torch":
         import torch
 
@@ -143,7 +143,7 @@ def jacobian(layer):
     if BACKEND == "jax":
         import jax
 
-        return jax.jacrev(function)(x)
+        return jax.jit(jax.jacrev(function))(x)
     if BACKEND == "torch":
         import torch
 
@@ -162,7 +162,7 @@ def mapped(layer):
     if BACKEND == "jax":
         import jax
 
-        return jax.vmap(function)(both)
+        return jax.jit(jax.vmap(function))(both)
     if BACKEND == "torch":
         import torch
 

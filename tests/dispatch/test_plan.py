@@ -139,6 +139,7 @@ def test_block_slots(case, block_size):
     np.testing.assert_array_equal(slots.slot_of, slot_of)
 
 
+@pytest.mark.one_backend("arithmetic of integers")
 @pytest.mark.parametrize("num_bins", [1, 3, 7])
 @pytest.mark.parametrize("block_size", [1, 3, 8])
 def test_blocks_needed_is_tight(num_bins, block_size):

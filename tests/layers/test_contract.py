@@ -287,15 +287,14 @@ CASES = {
 
 # What a backend can break for one layer, router, dispatcher or kind of experts alone.
 CHECKS_OF_ALL = [
-    contract.check_unknown_sizes,
     contract.check_inside_other_layers,
-    contract.check_exporting_changes_no_value,
     contract.check_padding_changes_nothing,
 ]
 # Of these a compiled program takes a second for each case and call. PyTorch runs all of them; JAX
 # and TensorFlow those of a case of each kind: layer, dispatcher, state and noise of a router.
 CHECKS_OF_KINDS = [
     contract.check_keras_layer_test,
+    contract.check_unknown_sizes,
     contract.check_any_rank,
     contract.check_empty_batch,
     contract.check_one_token_and_more_experts_than_tokens,
@@ -310,6 +309,8 @@ CHECKS_OF_KINDS = [
     contract.check_return_routing,
     contract.check_mask_goes_on,
 ]
+# An export has other index arithmetic, in dispatchers and in routers that give places themselves.
+CHECKS_OF_ARITHMETIC = [contract.check_exporting_changes_no_value]
 KINDS = {
     "moe",
     "moe_capacity_per_example",
@@ -322,6 +323,13 @@ KINDS = {
     "soft_moe_causal",
     "mmoe_list",
 }
+WITH_ARITHMETIC = KINDS | {
+    "moe_router_object",
+    "moe_capacity",
+    "moe_weighed_inputs",
+    "moe_batch_priority",
+    "moe_no_token_left",
+}
 # Python that no backend sees.
 CHECKS_OF_ONE_BACKEND = [
     contract.check_config_is_json,
@@ -331,7 +339,11 @@ CHECKS_OF_ONE_BACKEND = [
 
 
 def _marks(check, name):
-    is_everywhere = check in CHECKS_OF_ALL or (check in CHECKS_OF_KINDS and name in KINDS)
+    is_everywhere = (
+        check in CHECKS_OF_ALL
+        or (check in CHECKS_OF_KINDS and name in KINDS)
+        or (check in CHECKS_OF_ARITHMETIC and name in WITH_ARITHMETIC)
+    )
     return () if is_everywhere else (pytest.mark.one_backend("see CHECKS_OF_KINDS"),)
 
 
@@ -340,7 +352,12 @@ APPLY = [
     pytest.param(
         check, case, id=f"{check.__name__.removeprefix('check_')}-{name}", marks=_marks(check, name)
     )
-    for check in (*CHECKS_OF_ALL, *CHECKS_OF_KINDS, *CHECKS_OF_ONE_BACKEND)
+    for check in (
+        *CHECKS_OF_ALL,
+        *CHECKS_OF_KINDS,
+        *CHECKS_OF_ARITHMETIC,
+        *CHECKS_OF_ONE_BACKEND,
+    )
     for name, case in CASES.items()
     if contract.applies(check, case)
 ]

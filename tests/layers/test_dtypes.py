@@ -38,7 +38,10 @@ def numbers(shape, dtype):
     ("name", "dtype"),
     [*((name, "uint8") for name in LAYERS), ("moe", "bool"), ("moe", "int32"), ("soft", "bool")],
 )
-@pytest.mark.parametrize("examples", [2, 140])  # few tokens and many go by different dispatch
+# Few tokens and many go by different dispatch.
+@pytest.mark.parametrize(
+    "examples", some_everywhere({"2": 2, "140": 140}, ["2"], "the same cast, before any dispatch")
+)
 def test_integers_are_the_floats_of_their_value(name, dtype, examples):
     layer, x = LAYERS[name](), numbers((examples, 5, D), dtype)
     layer.build(x.shape)

@@ -139,16 +139,19 @@ def test_a_layer_that_is_built_in_a_scope(kind, is_made_inside, scope):
     assert layer._recomputes_experts == is_made_inside
 
 
+MODES = {
+    "full": ({"mode": "full"}, 1),
+    "activations": ({"mode": "activations"}, 1),
+    "larger": ({"mode": "larger_than", "output_size_threshold": 10}, 1),
+    "smaller": ({"mode": "larger_than", "output_size_threshold": 10_000}, 0),
+    "named": ({"mode": "list_of_layers", "layer_names": ["mixture"]}, 1),
+    "not_named": ({"mode": "list_of_layers", "layer_names": ["other"]}, 0),
+}
+
+
 @pytest.mark.parametrize(
     ("mode", "expected"),
-    [
-        ({"mode": "full"}, 1),
-        ({"mode": "activations"}, 1),
-        ({"mode": "larger_than", "output_size_threshold": 10}, 1),
-        ({"mode": "larger_than", "output_size_threshold": 10_000}, 0),
-        ({"mode": "list_of_layers", "layer_names": ["mixture"]}, 1),
-        ({"mode": "list_of_layers", "layer_names": ["other"]}, 0),
-    ],
+    some_everywhere(MODES, ["full", "smaller"], "which layers a scope means is decided in Python"),
 )
 def test_only_experts_are_computed_again(monkeypatch, mode, expected):
     inside, called, remat = [], {"TopKRouter": [], "ExpertMLP": []}, keras.remat
