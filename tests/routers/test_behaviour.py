@@ -28,6 +28,7 @@ def skewed_stream(batches, count=512, seed=0):
         yield (rng.normal(size=(count, D)) + 1.0).astype("float32")
 
 
+@pytest.mark.one_backend("hundreds of steps, of which the next test has one everywhere")
 def test_the_bias_balances_a_skewed_stream():
     """Wang et al. 2024: no loss, and yet the load evens out; max violation below 0.1."""
     router = built(routers.SigmoidBiasRouter(E, 2, bias_update_rate=0.002))

@@ -11,6 +11,7 @@ from keras import ops
 
 from keras_moe import routers
 from tests import helpers
+from tests.helpers import some_everywhere
 from tests.oracle import routers as oracle
 
 N, D, E = 9, 4, 6
@@ -255,8 +256,19 @@ def coefficients(router):
     return COEFFICIENTS
 
 
-@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
-@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+CALLS = {
+    f"{'training' if training else 'inference'}-{'masked' if masked else 'all'}": (training, masked)
+    for training in (False, True)
+    for masked in (False, True)
+}
+
+
+@pytest.mark.parametrize(
+    ("training", "masked"),
+    some_everywhere(
+        CALLS, ["inference-all", "training-masked"], "noise and masks, one without the other"
+    ),
+)
 @pytest.mark.parametrize("name", CASES)
 def test_equals_its_oracle(monkeypatch, name, training, masked):
     case = CASES[name]

@@ -70,6 +70,7 @@ def test_it_waits_and_a_saved_model_goes_on_waiting(name, tmp_path):
     assert not np.array_equal(state_of(loaded, name), start)
 
 
+@pytest.mark.one_backend("attributes of optimizers")
 @pytest.mark.parametrize(
     ("every", "steps", "warns"), [(1, 4, True), (4, None, True), (4, 4, False), (1, None, False)]
 )
