@@ -11,7 +11,7 @@ TFRS := TF_USE_LEGACY_KERAS=1 KERAS_BACKEND=tensorflow
 PYTEST := $(BIN)/python -m pytest -n 2
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: demo vision text tune study-movies study-images study-text study-tune benchmarks benchmarks-table router-table hooks check test test-everywhere lint docs test-jax test-tensorflow test-torch test-tfrs test-once test-extras test-lowest constraints clean
+.PHONY: demo vision text tune study-movies study-images study-text study-tune benchmarks benchmarks-table router-table hooks check test test-everywhere lint docs test-jax test-tensorflow test-torch test-tfrs test-once test-docs test-extras test-lowest constraints clean
 
 demo: $(VENV)/.demo
 	$(TFRS) $(BIN)/python examples/recommend_movies.py
@@ -81,10 +81,10 @@ CORE_TESTS := tests/callbacks tests/dispatch tests/layers tests/models tests/opt
 	tests/plots tests/reporting tests/routers tests/tuning
 
 # Most of a test's time goes into compiling small programs. So LLVM does not optimise them, XLA still does, and JAX
-# takes those that it knows from a run before. `test-once` compiles as users do.
-test-jax test-tensorflow: export XLA_FLAGS ?= --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false
-test-jax: export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax_cache
-test-jax: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
+# takes those that it knows from a run before. The benchmarks' tests compile as users do.
+test-jax test-tensorflow test-docs: export XLA_FLAGS ?= --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false
+test-jax test-docs: export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax_cache
+test-jax test-docs: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
 
 test-jax test-tensorflow test-torch: test-%: $(VENV)/.dev
 	KERAS_BACKEND=$* $(PYTEST) $(CORE_TESTS) $(ARGS)
@@ -99,10 +99,13 @@ test-tfrs: $(VENV)/.dev
 
 # What does not depend on the backend, or starts a process per backend itself. The examples and studies that are not
 # of Keras 2 run on PyTorch, which compiles nothing.
-test-once: $(VENV)/.dev
-	KERAS_BACKEND=jax $(PYTEST) tests/benchmarks tests/cross_backend tests/distribution tests/docs \
-		tests/packaging
+test-once: $(VENV)/.dev test-docs
+	KERAS_BACKEND=jax $(PYTEST) tests/benchmarks tests/cross_backend tests/distribution tests/packaging
 	OMP_NUM_THREADS=1 KERAS_BACKEND=torch $(PYTEST) tests/examples
+
+# The code of pages and docstrings, which calls layers operation by operation.
+test-docs: $(VENV)/.dev
+	KERAS_BACKEND=jax $(PYTEST) tests/docs
 
 # Each extra in an environment of its own, which is made and deleted: `make test-extras ARGS="tuner plot"`.
 test-extras: $(VENV)/.dev

@@ -92,6 +92,8 @@ if __name__ == "__main__":
         targets = keras.tree.map_structure(
             lambda output: rng.normal(size=(12, output.shape[-1])), model.output
         )
-        model.compile(keras.optimizers.SGD(0.5), "mse")
+        # Traces take longer than two steps without them.
+        is_eager = keras.backend.backend() == "tensorflow"
+        model.compile(keras.optimizers.SGD(0.5), "mse", run_eagerly=is_eager)
         model.fit(inputs, targets, batch_size=6, verbose=0)
         model.save(folder / f"{keras.backend.backend()}-{name}.keras")

@@ -10,10 +10,21 @@ import pytest
 
 HERE = Path(__file__).parent
 BACKENDS = ("jax", "tensorflow", "torch")
+# What is compiled is run once, and JAX has the programs of one file for those of other backends.
+QUICKLY = {
+    "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+}
 
 
 def _run(script: str, backend: str, folder: Path, *arguments: str) -> None:
-    environment = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "2"}
+    environment = {
+        **os.environ,
+        **QUICKLY,
+        "KERAS_BACKEND": backend,
+        "TF_CPP_MIN_LOG_LEVEL": "2",
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "programs"),
+    }
     process = subprocess.run(
         [sys.executable, HERE / script, folder, *arguments],
         env=environment,
