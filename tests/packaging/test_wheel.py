@@ -83,7 +83,7 @@ def test_index_shows_pictures_and_links_once_there_is_an_address():
 
 
 def test_import_is_quick():
-    """Beyond `import keras`, under 0.15 s: the best of five, since machines are noisy."""
+    """Beyond `import keras`, under 0.15 s: one of five, since machines are noisy."""
     script = (
         "import keras, time; start = time.perf_counter(); import keras_moe;"
         "print(time.perf_counter() - start)"
@@ -98,4 +98,6 @@ def test_import_is_quick():
             check=True,
         )
         seconds.append(float(process.stdout))
+        if seconds[-1] < 0.15:
+            break
     assert min(seconds) < 0.15, seconds
