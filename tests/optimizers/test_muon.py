@@ -158,9 +158,20 @@ ARGUMENTS = [
 ]
 
 
-@pytest.mark.every_backend
-@pytest.mark.parametrize("width", [4, 7])  # more rows than columns, and fewer
-@pytest.mark.parametrize("arguments", ARGUMENTS, ids=str)
+everywhere = pytest.mark.every_backend
+
+
+# A kernel of more rows than columns, and of fewer, which is transposed: one rule shows both.
+@pytest.mark.parametrize(
+    ("arguments", "width"),
+    [
+        pytest.param(
+            each, width, marks=everywhere if width == 4 or not each else (), id=f"{each}-{width}"
+        )
+        for each in ARGUMENTS
+        for width in (4, 7)
+    ],
+)
 def test_a_bank_is_stepped_as_keras_does_with_each_kernel(arguments, width):
     bank = built(layers.ExpertMLP(9, width, activate_last=True), 9, None, WIDTH)
     variables = bank.trainable_variables
@@ -191,8 +202,11 @@ DATA = normal(32, 6, WIDTH), normal(32, 6, 2, seed=1)
 FIT = {"batch_size": 8, "epochs": 2, "shuffle": False, "verbose": 0}
 
 
-@pytest.mark.every_backend
-@pytest.mark.parametrize("arguments", [{}, {"gradient_accumulation_steps": 2}], ids=str)
+@pytest.mark.parametrize(
+    "arguments",
+    [pytest.param({}, marks=everywhere), {"gradient_accumulation_steps": 2}],
+    ids=str,
+)
 def test_fit_equals_that_of_keras_layers_as_experts(arguments):
     """Whose kernels have two axes, so that Keras's Muon takes one after the other."""
     excluded = [*listed("exclude_layers"), "last"]
