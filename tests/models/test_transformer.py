@@ -225,7 +225,7 @@ def test_learns_to_count_and_comes_back(kind, tmp_path):
     model.compile(
         keras.optimizers.Adam(1e-2),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        jit_compile=BACKEND != "torch",
+        jit_compile=BACKEND == "jax",  # on TensorFlow the ViT goes through XLA, this a graph
     )
     text = (np.arange(9) + np.arange(64)[:, None]) % VOCABULARY
     history = model.fit(text[:, :-1], text[:, 1:], batch_size=16, epochs=12, verbose=0).history
