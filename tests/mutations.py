@@ -76,7 +76,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a frozen router still has losses",
-        LAYERS + "moe.py",
+        LAYERS + "losses.py",
         "if not self.router.trainable:",
         "if False:",
         (CONTRACT,),
@@ -108,7 +108,7 @@ MUTATIONS = (
     Mutation(
         "a single choice weighs 1",
         ROUTERS + "top_k.py",
-        "if self.normalize and self.top_k > 1 else weights",
+        "if self.normalize and self.largest_top_k > 1 else weights",
         "if self.normalize else weights",
         (ROUTER_ORACLES,),
     ),
