@@ -14,8 +14,10 @@ from keras_moe.inspection.mixtures import is_of_keras_3, named_layers, one_layer
 from keras_moe.inspection.recording import record_routing
 
 # The fields that are read from sparse layers, and from layers that mix tokens into slots.
-SPARSE = ("experts", "weights", "kept")
+SPARSE = ("experts", "weights", "kept", "asked")
 SOFT = ("combine",)
+# The field of such layers that says what each slot is made of.
+SLOTS = ("dispatch",)
 # The field of gates of tasks, whose weights are for every expert.
 GATES = ("weights",)
 
@@ -124,6 +126,18 @@ def check_by_example(name: str, record: Record, x: Data) -> None:
         )
 
 
+def is_soft(record: Record) -> bool:
+    """Whether each token takes of all experts, by weights."""
+    return "combine" in record.fields
+
+
+def is_padding(record: Record) -> Array:
+    """Marks the tokens of a sparse or soft layer that ask for no expert, bool `(...)`."""
+    if is_soft(record):
+        return np.asarray(weights_of(record).max(axis=-1) <= 0)
+    return np.asarray(~record.fields["asked"].any(axis=-1))
+
+
 def takers_of(record: Record) -> Array:
     """Marks the experts of a sparse layer that process a token, bool `(..., E)`, without drops."""
     chosen = record.fields["experts"][..., None] == np.arange(record.layer.num_experts)
@@ -136,7 +150,7 @@ def weights_of(record: Record) -> Array:
     In a soft layer that is the sum of the combine weights of the expert's slots.
     """
     fields = record.fields
-    if "combine" in fields:
+    if is_soft(record):
         return np.nan_to_num(fields["combine"].astype(np.float64)).sum(axis=-1)
     # Before the product: a NaN counts for none of the experts, and 0 * NaN for all.
     weights = np.nan_to_num(fields["weights"].astype(np.float64)) * fields["kept"]
@@ -160,7 +174,7 @@ def used_by_example(record: Record) -> Array:
     """
     if "experts" in record.fields:
         used = takers_of(record)
-    elif "combine" in record.fields:
+    elif is_soft(record):
         used = weights_of(record)
     else:
         used = np.nan_to_num(record.fields["weights"])

@@ -19,14 +19,19 @@ AMOUNT = "cividis"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 # The same for fills that letters stand on, and a grey for what has no colour of its own.
 FILLS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#999999")
+TINT = 0.55  # of a colour in white, light enough for black letters
 _MOST_LABELS = 32
 
 
 def new_figure(width: float, height: float) -> "Figure":
-    """A figure that belongs to no window."""
+    """A figure that belongs to no window, and that notebooks show."""
     needed = partial(import_of_extra, "plot", "`keras_moe.plots`")
-    figure = needed("matplotlib.figure").Figure(figsize=(width, height), layout="constrained")
-    needed("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
+    needed("matplotlib.figure")
+    canvas = needed("matplotlib.backends.backend_agg").FigureCanvasAgg
+    from keras_moe.plots._figure import ShownFigure
+
+    figure = ShownFigure(figsize=(width, height), layout="constrained")
+    canvas(figure)
     return figure
 
 
@@ -82,7 +87,39 @@ def expert_colours(used: Array) -> tuple[list[str], Array]:
     return colours, np.isin(np.arange(num_experts), most)
 
 
-def tint(colour: str, share: float = 0.55) -> tuple[float, ...]:
-    """The colour mixed with white, light enough for black letters."""
+def use_of(weights: Array, *, is_soft: bool) -> Array:
+    """The share of the tokens that each expert has, `(E,)`.
+
+    In a soft layer every token takes of every expert: it is the mean weight. Elsewhere it is the
+    share of the tokens that take most of the expert.
+
+    Args:
+        weights: The weight of each expert in each token, `(..., E)`, 0 where a token takes none.
+        is_soft: Whether the layer is soft.
+    """
+    weights = weights.reshape(-1, weights.shape[-1])
+    if is_soft:
+        return weights.sum(axis=0) / max(len(weights), 1)
+    best = weights.argmax(axis=-1)[weights.max(axis=-1) > 0]
+    return np.bincount(best, minlength=weights.shape[-1]) / max(len(weights), 1)
+
+
+def key_shares(used: Array, is_own: Array) -> tuple[list[tuple[int, str]], float, float]:
+    """What a legend says: experts with a colour of their own, the other experts, and none.
+
+    Args:
+        used: The share of the tokens that each expert has, `(E,)`.
+        is_own: Whether an expert has a colour of its own, `(E,)`.
+    """
+    own = [
+        (expert, f"{expert}  {100 * share:.0f} %")
+        for expert, share in enumerate(used)
+        if is_own[expert] and share > 0
+    ]
+    return own, float(used[~is_own].sum()), float(1.0 - used.sum())
+
+
+def tint(colour: str, share: float = TINT) -> tuple[float, ...]:
+    """A share of the colour mixed with white."""
     parts = (int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5))
     return tuple(1.0 - share * (1.0 - part) for part in parts)

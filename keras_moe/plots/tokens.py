@@ -9,8 +9,16 @@ import numpy as np
 
 from keras_moe.core import checks
 from keras_moe.core.types import Array, Data
-from keras_moe.inspection.records import expert_weights, weights_of
-from keras_moe.plots._canvas import FILLS, expert_colours, new_figure, tint
+from keras_moe.inspection.records import expert_weights, is_soft, weights_of
+from keras_moe.plots._canvas import (
+    FILLS,
+    TINT,
+    expert_colours,
+    key_shares,
+    new_figure,
+    tint,
+    use_of,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,7 +58,10 @@ def token_experts(
     """Draws a text whose tokens have the colour of the expert that they take most of.
 
     Under a token stand a bar, whose parts are the weights of its experts, and their numbers, best
-    first. A text of more experts than there are colours gives them to the most used ones.
+    first. A text of more experts than there are colours gives them to the most used ones. In
+    `SoftMoE` a colour is as strong as the expert's weight, and the legend has mean weights. A
+    window is routed alone; in a batch a layer with a capacity may drop other tokens of it, which
+    `keras_moe.report` shows.
 
     Args:
         model: A built model with a `MoE`, `SwitchFFN` or `SoftMoE` layer.
@@ -84,11 +95,26 @@ def token_experts(
         )
     if most is not None:
         texts, weights = texts[:most], weights[: checks.positive_int("most", most)]
+    return draw_tokens(name, weights, texts, choices, line_width, is_soft=is_soft(record))
+
+
+def draw_tokens(
+    name: str,
+    weights: Array,
+    texts: Sequence[str],
+    choices: int = 2,
+    line_width: int = 80,
+    *,
+    is_soft: bool,
+) -> "Figure":
+    """Draws pieces of text and their weights `(T, E)`."""
     order = np.argsort(-weights, axis=-1, kind="stable")[:, :choices]
     order = order[:, : max(int((weights > 0).sum(axis=-1).max()), 1)]
     digits = len(str(weights.shape[-1] - 1))
     placed = _placed(texts, line_width * _CHARACTER, digits * _DIGIT + 2.0)
-    return _drawn(placed, weights, order, f"Which expert each token takes: {name}")
+    of = " most of" if is_soft else ""
+    title = f"Which expert each token takes{of}: {name}"
+    return _drawn(placed, weights, order, title, is_soft=is_soft)
 
 
 def _placed(texts: Sequence[str], width: float, least: float) -> list[_Token]:
@@ -107,8 +133,10 @@ def _placed(texts: Sequence[str], width: float, least: float) -> list[_Token]:
     return placed
 
 
-def _drawn(placed: list[_Token], weights: Array, order: Array, title: str) -> "Figure":
-    colours, keys = _colours(weights)
+def _drawn(
+    placed: list[_Token], weights: Array, order: Array, title: str, *, is_soft: bool
+) -> "Figure":
+    colours, keys = _colours(weights, is_soft=is_soft)
     line_height = _BOX + _BAR + order.shape[1] * _NUMBER + _GAP
     width = max([token.left + token.width for token in placed] + [420.0])
     columns = int(width // _KEY_WIDTH)
@@ -123,9 +151,13 @@ def _drawn(placed: list[_Token], weights: Array, order: Array, title: str) -> "F
     axis.text(0, 4, title, fontsize=12, va="center", parse_math=False)
     most = max(float(weights.sum(axis=-1).max(initial=0.0)), 1.0)
     for token, row, best in zip(placed, weights, order, strict=True):
-        _draw_token(axis, token, _TITLE + token.line * line_height, row / most, best, colours)
+        strength = float(row.max(initial=0.0)) if is_soft else 1.0
+        fills = [tint(colour, TINT * strength) for colour in colours]
+        top = _TITLE + token.line * line_height
+        _draw_token(axis, token, top, row / most, best, colours, fills)
     heading = (
-        "Colour: the expert of most weight. Bar: the weights. Numbers: the experts, best first."
+        f"Colour: the expert of most weight{', as strong as that' if is_soft else ''}. "
+        "Bar: the weights. Numbers: the experts, best first."
     )
     axis.text(0, bottom + 8.0, heading, fontsize=8, va="center", color="0.35")
     for number, (label, style) in enumerate(keys):
@@ -136,36 +168,35 @@ def _drawn(placed: list[_Token], weights: Array, order: Array, title: str) -> "F
     return figure
 
 
-def _colours(weights: Array) -> tuple[list[str], list[tuple[str, dict[str, Any]]]]:
+def _colours(
+    weights: Array, *, is_soft: bool
+) -> tuple[list[str], list[tuple[str, dict[str, Any]]]]:
     """Each expert's colour, and the labels and styles of the legend."""
-    num_experts = weights.shape[-1]
-    taken = weights.max(axis=-1) > 0
-    used = np.bincount(weights.argmax(axis=-1)[taken], minlength=num_experts)
+    used = use_of(weights, is_soft=is_soft)
     colours, is_own = expert_colours(used)
+    own, others, none = key_shares(used, is_own)
     keys: list[tuple[str, dict[str, Any]]] = [
-        (
-            f"{expert}  {100 * used[expert] / len(weights):.0f} %",
-            {"facecolor": tint(colours[expert])},
-        )
-        for expert in range(num_experts)
-        if is_own[expert] and used[expert]
+        (label, {"facecolor": tint(colours[expert])}) for expert, label in own
     ]
-    if used[~is_own].sum():
-        share = 100 * used[~is_own].sum() / len(weights)
-        keys.append((f"others  {share:.0f} %", {"facecolor": tint(FILLS[-1])}))
-    if not taken.all():
-        keys.append(
-            (f"none  {100 * (1 - taken.mean()):.0f} %", {"facecolor": "white", "hatch": "/////"})
-        )
+    if others:
+        keys.append((f"others  {100 * others:.0f} %", {"facecolor": tint(FILLS[-1])}))
+    if none > 1e-6:
+        keys.append((f"none  {100 * none:.0f} %", {"facecolor": "white", "hatch": "/////"}))
     return colours, keys
 
 
 def _draw_token(
-    axis: "Axes", token: _Token, top: float, weights: Array, best: Array, colours: list[str]
+    axis: "Axes",
+    token: _Token,
+    top: float,
+    weights: Array,
+    best: Array,
+    colours: list[str],
+    fills: list[tuple[float, ...]],
 ) -> None:
     middle = token.left + token.width / 2
     taken = [int(expert) for expert in best if weights[expert] > 0]
-    style = {"facecolor": tint(colours[taken[0]])} if taken else {"hatch": "/////"}
+    style = {"facecolor": fills[taken[0]]} if taken else {"hatch": "/////"}
     _box(axis, token.left, top, token.width, _BOX, **{"facecolor": "white", **style})
     axis.text(
         middle,

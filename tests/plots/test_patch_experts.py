@@ -71,8 +71,19 @@ def test_soft_layers_show_where_most_combine_weight_goes():
     figure = plots.patch_experts(model, IMAGES)
     tokens = keras.Model(model.input, layer.input)(IMAGES)
     combine = keras.ops.convert_to_numpy(layer(tokens, return_routing=True)[1].combine)
-    best = combine.sum(-1).argmax(-1)
+    weights = combine.sum(-1)
+    best, most = weights.argmax(-1), weights.max(-1)
     assert numbers(figure, 1, 4) == [str(expert) for expert in best[1]]
+    drawn = np.asarray(figure.axes[3 + 1].images[0].get_array())
+    low, high = IMAGES.min(), IMAGES.max()
+    brightness = 0.6 + 0.4 * (IMAGES[1] - low) / (high - low)
+    colours = np.array([to_rgb(FILLS[expert]) for expert in best[1]])
+    faint = 1 - most[1][:, None] * (1 - colours)  # as opaque as its weight
+    expected = faint.reshape(2, 2, 3).repeat(2, 0).repeat(2, 1) * brightness
+    np.testing.assert_allclose(drawn, expected, rtol=1e-5)
+    keys = [text.get_text() for text in figure.legends[0].get_texts()]
+    means = weights.mean(axis=(0, 1))
+    assert keys == [f"{expert}  {100 * mean:.0f} %" for expert, mean in enumerate(means)]
 
 
 def test_grids_of_other_shapes():

@@ -95,8 +95,14 @@ def test_soft_layers_show_where_most_weight_goes():
     x = np.random.default_rng(0).normal(size=(1, 4, 6)).astype("float32")
     figure = plots.token_experts(model, x, list("abcd"), choices=1)
     combine = keras.ops.convert_to_numpy(layer(x, return_routing=True)[1].combine)
-    best = combine.sum(-1)[0].argmax(-1)
+    weights = combine.sum(-1)[0]
+    best = weights.argmax(-1)
     assert texts_of(figure)[2:9:2] == [str(expert) for expert in best]
+    colours, _ = fills(figure, 17.0)
+    for colour, expert, weight in zip(colours, best, weights.max(-1), strict=True):
+        assert is_close(colour, tint(FILLS[expert], 0.55 * weight))
+    means = [f"{expert}  {100 * mean:.0f} %" for expert, mean in enumerate(weights.mean(0))]
+    assert texts_of(figure)[-3:] == means
 
 
 def test_lines_are_broken_and_wrong_texts_refused():

@@ -12,6 +12,7 @@ import keras_moe
 from keras_moe import callbacks, layers
 from keras_moe.flops import active_parameters
 from keras_moe.inspection.health import health
+from keras_moe.reporting import parts
 from keras_moe.reporting.summary import MEANINGS, UNJUDGED, all_parameters
 
 pytestmark = pytest.mark.one_backend("a page is of NumPy arrays")
@@ -105,6 +106,7 @@ def test_a_page_with_all_families(tmp_path):
         "Which classes use which expert.",
         "Slots that are alike mix the same tokens.",
         "Images, and the experts that their patches take.",
+        "Images, and what each slot takes of their patches.",
         "Which classes use which expert.",
         "What each task takes of each expert.",
     ]
@@ -154,6 +156,34 @@ def test_a_page_of_text(tmp_path):
     assert again.source == page.source
     with pytest.raises(ValueError, match=r"`vocabulary` needs inputs that are ids of tokens"):
         keras_moe.report(model, ids[..., None], tmp_path / "r.html", vocabulary=["a"])
+
+
+def test_texts_and_images_are_routed_with_their_batch(tmp_path, monkeypatch):
+    drawn = {}
+    for name in ("draw_tokens", "draw_patches"):
+        draw = getattr(parts, name)
+
+        def watch(name, *arguments, draw=draw, **more):
+            drawn[draw.__name__] = arguments[0]
+            return draw(name, *arguments, **more)
+
+        monkeypatch.setattr(parts, name, watch)
+    inputs = keras.Input((4,), dtype="int32")
+    x = keras.layers.Embedding(9, 6, mask_zero=True)(inputs)
+    moe = layers.MoE(2, 8, top_k=1, capacity_factor=0.5, name="moe")
+    model = keras.Model(inputs, moe(x))
+    moe.router.kernel.assign(np.zeros((6, 2), "float32"))  # all want expert 0
+    ids = np.array([[0, 3, 4, 0], [5, 6, 7, 8], [5, 6, 7, 8], [1, 1, 1, 1]])
+    keras_moe.report(
+        model, ids, tmp_path / "p.html", vocabulary=list("-abcdefgh"), pictures=np.ones((4, 2, 2))
+    )
+    with keras_moe.record_routing(model) as records:
+        model(ids)
+    kept = records["moe"][0].kept[..., 0]
+    assert kept[0, 1] and kept[1, 0] and not kept[3].any()  # one text alone would keep one token
+    # Without the padding at the ends; what found no room stays.
+    np.testing.assert_array_equal(drawn["draw_tokens"].max(axis=-1) > 0, kept[0, 1:3])
+    np.testing.assert_array_equal(drawn["draw_patches"].max(axis=-1) > 0, kept.reshape(4, 2, 2))
 
 
 def test_history_and_title(tmp_path):

@@ -19,7 +19,6 @@ class Use:
 
     layer: str
     is_soft: bool
-    patch_size: int
     images: np.ndarray  # (rows,) places among the test images of those in `weights`
     # (rows, patches, columns). Of a slot: each patch's share in its input, 1 together. Of an
     # expert: what the patch takes of it, 0 where it was not chosen or was full.
@@ -50,7 +49,6 @@ def measure_use(classifier: keras.Model, images: Images, sample: int = 1000) -> 
     return Use(
         layer=layer.name,
         is_soft=is_soft,
-        patch_size=network.get_layer("patch_embedding").kernel_size[0],
         images=rows,
         weights=weights[rows],
         sample=sample,
