@@ -21,6 +21,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 FILLS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#999999")
 TINT = 0.55  # of a colour in white, light enough for black letters
 _MOST_LABELS = 32
+_MOST_CHARACTERS = 30  # of a name beside or above a picture
 
 
 def new_figure(width: float, height: float) -> "Figure":
@@ -61,7 +62,15 @@ def heat_map(
 def _label(axis: "Axis", names: list[str]) -> None:
     step = -(-len(names) // _MOST_LABELS)
     places = list(range(0, len(names), step))
-    axis.set_ticks(places, [names[place] for place in places], parse_math=False)
+    axis.set_ticks(places, [shortened(names[place]) for place in places], parse_math=False)
+
+
+def shortened(name: str) -> str:
+    """The name, without its middle where a picture has no room for it."""
+    if len(name) <= _MOST_CHARACTERS:
+        return name
+    half = (_MOST_CHARACTERS - 1) // 2
+    return f"{name[:half]}…{name[-half:]}"
 
 
 def numbered(count: int) -> list[str]:

@@ -18,7 +18,7 @@ from keras_moe.inspection.records import (
     records_of,
     used_by_example,
 )
-from keras_moe.plots._canvas import heat_map, new_figure, numbered
+from keras_moe.plots._canvas import heat_map, new_figure, numbered, shortened
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -82,5 +82,5 @@ def draw_classes(name: str, by_class: Array, rows: list[str], unit: str) -> "Fig
     axis = figure.add_subplot()
     heat_map(figure, axis, shares, rows, numbered(num_experts), unit)
     axis.set_xlabel("expert")
-    axis.set_title(f"Who uses which expert: {name}", parse_math=False)
+    axis.set_title(f"Who uses which expert: {shortened(name)}", parse_math=False)
     return figure

@@ -10,7 +10,7 @@ import numpy as np
 from keras_moe.core import checks
 from keras_moe.core.types import Array, Data
 from keras_moe.inspection.records import SPARSE, records_of, takers_of
-from keras_moe.plots._canvas import heat_map, new_figure, numbered
+from keras_moe.plots._canvas import heat_map, new_figure, numbered, shortened
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -79,6 +79,6 @@ def load_over_time(path: str | Path) -> "Figure":
         rows, columns = numbered(len(values)), [str(number + 1) for number in range(len(epochs))]
         heat_map(figure, axis, values, rows, columns, f"{measure} over the mean")
         axis.set_ylabel("expert")
-        axis.set_title(name, parse_math=False)
+        axis.set_title(shortened(name), parse_math=False)
     panels[-1].set_xlabel("epoch")
     return figure

@@ -8,7 +8,7 @@ import numpy as np
 from keras_moe.core.types import Array, Data
 from keras_moe.inspection.mixtures import named_layers, one_layer
 from keras_moe.inspection.records import SPARSE, Record, records_of, takers_of
-from keras_moe.plots._canvas import heat_map, new_figure, numbered
+from keras_moe.plots._canvas import heat_map, new_figure, numbered, shortened
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -46,7 +46,9 @@ def draw_pairs(name: str, record: Record) -> "Figure":
     together = taken.T @ taken
     shares = together / np.maximum(np.diag(together)[:, None], 1.0)
     np.fill_diagonal(shares, np.nan)
-    return _matrix(shares, numbered(num_experts), "share of the row's tokens", f"Together: {name}")
+    return _matrix(
+        shares, numbered(num_experts), "share of the row's tokens", f"Together: {shortened(name)}"
+    )
 
 
 def slot_similarity(model: keras.layers.Layer, *, layer: str | None = None) -> "Figure":
@@ -76,7 +78,7 @@ def draw_slots(name: str, layer: keras.layers.Layer) -> "Figure":
     np.fill_diagonal(cosines, np.nan)
     per_expert = layer.slots_per_expert
     slots = [f"{slot // per_expert}.{slot % per_expert}" for slot in range(len(cosines))]
-    return _matrix(cosines, slots, "absolute cosine", f"Slots (expert.slot): {name}")
+    return _matrix(cosines, slots, "absolute cosine", f"Slots (expert.slot): {shortened(name)}")
 
 
 def _matrix(values: Array, names: list[str], unit: str, title: str) -> "Figure":

@@ -10,7 +10,7 @@ import numpy as np
 from keras_moe.core import checks
 from keras_moe.core.types import Array, Data
 from keras_moe.inspection.records import check_by_example, expert_weights, is_soft, weights_of
-from keras_moe.plots._canvas import FILLS, expert_colours, key_shares, new_figure, use_of
+from keras_moe.plots._canvas import FILLS, expert_colours, key_shares, new_figure, shortened, use_of
 from keras_moe.plots._images import check_one_per_image, on_grid, on_pixels, pictures_of
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def draw_patches(
             above.set_title(str(titles[number]), fontsize=9, parse_math=False)
     _draw_keys(figure, used, colours, is_own)
     how = ", as opaque as its weight" if is_soft else ""
-    title = f"Which expert each patch takes{' most of' if is_soft else ''}: {name}{how}"
+    title = f"Which expert each patch takes{' most of' if is_soft else ''}: {shortened(name)}{how}"
     figure.suptitle(title, fontsize=12, parse_math=False)
     return figure
 

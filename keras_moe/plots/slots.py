@@ -10,7 +10,7 @@ from keras_moe.core import checks
 from keras_moe.core.types import Array, Data
 from keras_moe.inspection.mixtures import one_layer
 from keras_moe.inspection.records import SLOTS, Record, check_by_example, records_of
-from keras_moe.plots._canvas import new_figure
+from keras_moe.plots._canvas import new_figure, shortened
 from keras_moe.plots._images import check_one_per_image, on_grid, on_pixels, pictures_of
 
 if TYPE_CHECKING:
@@ -117,14 +117,14 @@ def draw_slot_patches(
             pixels = np.maximum(on_pixels(of_slot, *picture.shape[:2]), 1 / strongest)
             drawn = panel.imshow(pixels, cmap="RdBu_r", norm=LogNorm(1 / strongest, strongest))
             _outline(panel, picture)
-    names = [""] * len(places) if titles is None else [str(title) for title in titles]
+    names = [""] * len(places) if titles is None else [shortened(str(title)) for title in titles]
     for panel, text in zip(panels[:, 0], [*names, f"mean of\n{count:,} images"], strict=True):
         panel.set_ylabel(text, rotation=0, ha="right", va="center", parse_math=False)
     for panel, slot in zip(panels[0, 1:], chosen, strict=True):
         called = f"slot {slot // per_expert}.{slot % per_expert}"
         panel.set_title(f"{called}\npeak {peaks[slot]:.1f}x", fontsize=9)
     _add_scale(figure, panels, drawn, strongest)
-    figure.suptitle(f"What each slot is made of: {name}", fontsize=12, parse_math=False)
+    figure.suptitle(f"What each slot is made of: {shortened(name)}", fontsize=12, parse_math=False)
     return figure
 
 

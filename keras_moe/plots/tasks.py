@@ -8,7 +8,7 @@ import numpy as np
 from keras_moe.core.types import Data
 from keras_moe.inspection.mixtures import one_layer
 from keras_moe.inspection.records import GATES, Record, records_of
-from keras_moe.plots._canvas import COLOURS, new_figure, numbered
+from keras_moe.plots._canvas import COLOURS, new_figure, numbered, shortened
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,7 +42,7 @@ def draw_gates(name: str, record: Record) -> "Figure":
     weights, tasks = record.fields["weights"], record.layer.tasks
     weights = weights.reshape(-1, *weights.shape[-2:]).astype(np.float64)  # (n, t, e)
     _, num_tasks, num_experts = weights.shape
-    names = numbered(num_tasks) if isinstance(tasks, int) else list(tasks)
+    names = numbered(num_tasks) if isinstance(tasks, int) else [shortened(task) for task in tasks]
     figure = new_figure(max(6.0, 0.3 * num_tasks * num_experts + 2.0), 3.6)
     axis = figure.add_subplot()
     thickness = 0.8 / num_tasks
@@ -52,12 +52,22 @@ def draw_gates(name: str, record: Record) -> "Figure":
         spread = np.maximum([mean - low, high - mean], 0.0)
         places = np.arange(num_experts) + (task - (num_tasks - 1) / 2) * thickness
         colour = COLOURS[task % len(COLOURS)]
-        axis.bar(places, mean, thickness * 0.9, yerr=spread, label=called, color=colour, capsize=2)
+        axis.bar(
+            places,
+            mean,
+            thickness * 0.9,
+            yerr=spread,
+            label=called,
+            color=colour,
+            capsize=2,
+        )
     axis.axhline(1.0 / num_experts, color="black", linewidth=1, linestyle=":", label="equal")
     axis.set_xticks(range(num_experts), numbered(num_experts))
     axis.set_xlabel("expert")
     axis.set_ylabel("gate weight")
-    axis.set_title(f"What each task takes: {name}", parse_math=False)
-    for text in axis.legend(frameon=False, fontsize=9).get_texts():
+    axis.set_title(f"What each task takes: {shortened(name)}", parse_math=False)
+    # Beside the bars, and not on them.
+    legend = axis.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    for text in legend.get_texts():
         text.set_parse_math(False)
     return figure

@@ -16,6 +16,7 @@ from keras_moe.plots._canvas import (
     expert_colours,
     key_shares,
     new_figure,
+    shortened,
     tint,
     use_of,
 )
@@ -113,7 +114,7 @@ def draw_tokens(
     digits = len(str(weights.shape[-1] - 1))
     placed = _placed(texts, line_width * _CHARACTER, digits * _DIGIT + 2.0)
     of = " most of" if is_soft else ""
-    title = f"Which expert each token takes{of}: {name}"
+    title = f"Which expert each token takes{of}: {shortened(name)}"
     return _drawn(placed, weights, order, title, is_soft=is_soft)
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 _DPI = 120
 _SHOWN = 70  # pixels of the page per inch: most pictures stand in pairs
+_WIDE = 480  # pixels
 _PAGE = Template("""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -48,15 +49,18 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--line); text-align: right;
   vertical-align: top; }
 th { font-weight: 600; } th:first-child, td:first-child, .words th, .words td { text-align: left; }
+th[scope="row"] { overflow-wrap: anywhere; min-width: 7rem; max-width: 12rem; }
 .well { color: var(--well); font-weight: 600; } .ill { color: var(--ill); font-weight: 600; }
 code, .token { font-family: ui-monospace, Menlo, Consolas, monospace; font-size: .9em; }
 .token { background: var(--shade); border-radius: .25rem; padding: .1rem .3rem;
-  margin: 0 .35rem .25rem 0; display: inline-block; white-space: pre; }
+  margin: 0 .35rem .25rem 0; display: inline-block;
+  white-space: pre-wrap; overflow-wrap: anywhere; }
 .token small { color: var(--faint); }
 figure { display: inline-block; vertical-align: top; margin: 1rem 1rem .5rem 0; max-width: 100%;
   break-inside: avoid; }
 figure img { display: block; max-width: 100%; height: auto; background: #ffffff;
   border-radius: .4rem; padding: .25rem; }
+@media (max-width: 40rem) { .wide { overflow-x: auto; } .wide img { max-width: none; } }
 figcaption { color: var(--faint); font-size: .9rem; margin-top: .3rem; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; font-size: .9rem; }
 dt { font-weight: 600; } dd { margin: 0; color: var(--faint); }
@@ -105,7 +109,9 @@ def picture(figure: "Figure", caption: str) -> str:
     figure.savefig(file, dpi=_DPI, metadata={"Software": None})
     data = base64.b64encode(file.getvalue()).decode("ascii")
     width = round(figure.get_figwidth() * _SHOWN)
+    # Shrunk to a phone's width, it could not be read: it is scrolled there.
+    opening = '<figure class="wide">' if width > _WIDE else "<figure>"
     return (
-        f'<figure><img src="data:image/png;base64,{data}" width="{width}" alt="{escape(caption)}">'
+        f'{opening}<img src="data:image/png;base64,{data}" width="{width}" alt="{escape(caption)}">'
         f"<figcaption>{words(caption)}</figcaption></figure>"
     )
