@@ -27,7 +27,8 @@ def record_routing(model: keras.layers.Layer) -> Iterator[dict[str, list[Any]]]:
         A context that gives a dict: by layer name ("moe", then "moe#2" for a second "moe"), a
         record of NumPy arrays per call, as `return_routing=True` would give it: a
         `keras_moe.Routing`, `SoftRouting` or `GateRouting`. A layer that the model calls twice has
-        two records per call of the model.
+        two records per call of the model. Layers stand in the order in which data met them, behind
+        those that were not called.
 
     Raises:
         ValueError: where the model is none or has no mixture layer that is built; at the end of the
@@ -49,7 +50,7 @@ def record_routing(model: keras.layers.Layer) -> Iterator[dict[str, list[Any]]]:
     with _watching(model) as (named, restored):
         for name, layer in named:
             records[name] = []
-            restored.enter_context(listening(layer, _appender(records[name], unread)))
+            restored.enter_context(listening(layer, _appender(name, records, unread)))
         try:
             yield records
         except Exception as error:
@@ -173,10 +174,13 @@ def _counting(layer: keras.layers.Layer) -> Iterator[Counts]:
             variable.assign(value)
 
 
-def _appender(records: list[Any], unread: list[str]) -> Callable[[Any], None]:
+def _appender(name: str, records: dict[str, list[Any]], unread: list[str]) -> Callable[[Any], None]:
     def append(record: Any) -> None:
         try:
-            records.append(keras.tree.map_structure(ops.convert_to_numpy, record))
+            arrays = keras.tree.map_structure(ops.convert_to_numpy, record)
+            if not records[name]:
+                records[name] = records.pop(name)  # behind those that were called before
+            records[name].append(arrays)
         except Exception as error:  # a tracer of jit, or a tensor of a graph
             # Raised at the end: JAX's `fit` and `predict` would leave a model without its weights.
             unread.append(type(error).__name__)
