@@ -26,9 +26,9 @@ class TopKRouter(LinearRouter):
     Args:
         num_experts: Positive integer, the experts E to choose from.
         top_k: Integer between 1 and `num_experts`. Defaults to `2`.
-        normalize: Whether the weights of the chosen experts sum to 1 (Mixtral; GPT-OSS with
-            `use_bias`); if not, they keep their score (Qwen-MoE, OLMoE, V-MoE; Llama 4 with sigmoid
-            and `MoE(weigh="inputs")`). Defaults to `True`.
+        normalize: Whether the weights of the chosen experts sum to 1 (Mixtral, Qwen3-MoE; GPT-OSS
+            with `use_bias`); if not, they keep their score (Qwen2-MoE, OLMoE, V-MoE; Llama 4 with
+            sigmoid and `MoE(weigh="inputs")`). Defaults to `True`.
         score: `"softmax"`, over all experts, or `"sigmoid"`, each expert's own. The balance loss
             then takes each expert's share of a token's scores. Defaults to `"softmax"`.
         **kwargs: Arguments of `LinearRouter`: `losses`, `jitter`, `use_bias`, `kernel_initializer`,
