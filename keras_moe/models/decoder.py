@@ -61,9 +61,9 @@ def decoder(
 
     Pre-norm, learned positions. The logits at n depend on tokens 0 to n alone, so that padding on
     the right changes nothing before it, and what would break this is refused: routing in which
-    experts choose among all tokens, later ones too. The blocks of `moe_layers` have the
-    feed-forward that is asked for, the others a dense one of `mlp_dim` hidden units. Initial
-    weights follow `keras.utils.set_random_seed`.
+    experts choose among all tokens, later ones too, and a capacity with `top_k` above 1. The
+    blocks of `moe_layers` have the feed-forward that is asked for, the others a dense one of
+    `mlp_dim` hidden units. Initial weights follow `keras.utils.set_random_seed`.
 
     Padding, on any side, is `padding_id` and what `model(tokens, mask=mask)` masks. No token
     attends to it, it goes to no expert, and it enters no count, no loss of a router and, in `fit`,

@@ -193,6 +193,11 @@ class Router(SavesSeed):
 
     def looks_ahead(self, has_capacity: bool) -> str | None:
         """Says why a token's route depends on later ones, None where it does not."""
+        if has_capacity and self.largest_top_k > 1:
+            return (
+                "under a capacity with `top_k` above 1, first choices of later tokens go before "
+                "second choices of earlier ones"
+            )
         return None
 
     def decide(self, inputs: Tensor, mask: Tensor | None, training: bool | None) -> Decision:

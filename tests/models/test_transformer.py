@@ -117,6 +117,7 @@ def test_padding_on_the_right_and_other_texts_change_nothing(kind):
 LOOKING_AHEAD = [
     ({"router": "expert_choice"}, "where experts choose their tokens"),
     ({"routing_level": "example"}, "routes by the mean of all tokens"),
+    ({"top_k": 2, "capacity_factor": 0.5}, "first choices of later tokens go before second"),
     ({"router": "sinkhorn"}, "balances over all tokens in training"),
     ({"router": "batch_priority", "capacity_factor": 1.0}, "gives slots to later tokens first"),
     ({"router": "no_token_left"}, "sends a token where later ones leave room"),
@@ -130,7 +131,7 @@ def test_what_looks_ahead_is_refused(arguments, reason):
         small(feed_forward="moe", feed_forward_arguments=arguments)
 
 
-@pytest.mark.parametrize("arguments", [arguments for arguments, _ in LOOKING_AHEAD[:2]])
+@pytest.mark.parametrize("arguments", [arguments for arguments, _ in LOOKING_AHEAD[:3]])
 def test_what_is_refused_does_look_ahead(arguments):
     # Small tokens: slots are in short supply, so that a later one displaces an earlier one.
     layer = layers.MoE(4, 8, **arguments)
@@ -146,8 +147,11 @@ def test_soft_slots_are_refused():
         small(feed_forward=lambda block: layers.SoftMoE(4, 8))
 
 
-def test_priority_without_a_capacity_is_causal():
-    arguments = {"num_experts": 4, "router": "batch_priority"}
+@pytest.mark.parametrize(
+    "arguments", [{"router": "batch_priority"}, {"top_k": 1, "capacity_factor": 0.5}]
+)
+def test_what_serves_earlier_tokens_first_is_causal(arguments):
+    arguments = {"num_experts": 4, **arguments}
     assert small(feed_forward="moe", feed_forward_arguments=arguments).built
 
 
