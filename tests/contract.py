@@ -16,7 +16,7 @@ import numpy as np
 from keras import ops
 from keras.src import testing
 
-from keras_moe import exporting
+from keras_moe import exporting, layers
 
 D = 6  # model width of all contract inputs
 
@@ -148,8 +148,10 @@ def check_keras_layer_test(case: Case) -> None:
         init_kwargs=case.arguments,
         input_shape=(2, 3, D),
         expected_num_trainable_weights=case.trainable,
-        # The coefficients of losses are one weight more.
-        expected_num_non_trainable_weights=case.non_trainable + (case.losses > 0),
+        # The coefficients of losses are one weight more, what is counted by batch are two.
+        expected_num_non_trainable_weights=case.non_trainable
+        + (case.losses > 0)
+        + 2 * issubclass(case.layer, layers.MoE),
         expected_num_seed_generators=case.seeds,
         expected_num_losses=case.losses,
         supports_masking=True,

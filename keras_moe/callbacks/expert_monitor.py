@@ -1,7 +1,8 @@
 """Health of the experts in the progress bar, the history and files, and as alarms."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import keras
@@ -12,8 +13,9 @@ from keras_moe.core import checks
 from keras_moe.core.types import Config, Logs
 from keras_moe.inspection.alarms import ExpertAlarm, alarms
 from keras_moe.inspection.health import BY_DEFAULT, NAMES, Counts, difference, have_dropped
-from keras_moe.inspection.layer_numbers import layer_numbers
-from keras_moe.inspection.mixtures import named_layers, sync_state
+from keras_moe.inspection.layer_numbers import has_losses, layer_numbers
+from keras_moe.inspection.mixtures import is_of_keras_3, named_layers, sync_state
+from keras_moe.inspection.recording import counting_apart, evaluating_anew
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -32,6 +34,11 @@ class ExpertMonitor(keras.callbacks.Callback):
     - `{layer}/entropy`: mean entropy of the router in nats, between 0 and log(E); for `SoftMoE`
       of a token's combine weights per expert, for `MMoE` the mean over tasks.
 
+    - `aux_loss`: what the router losses of all layers, times their coefficients, add to `loss`, the
+      mean over batches, where layers have such losses. `loss - aux_loss` is the task's own. Beside
+      `val_loss` there is `val_aux_loss`. The bar of `evaluate(callbacks=[monitor])` shows it too,
+      and `monitor.evaluated_aux_loss` is that of the last evaluation, which Keras does not return.
+
     On request, in `metrics`, and always in files:
 
     - `max_violation`: largest load over the mean, minus 1.
@@ -39,6 +46,11 @@ class ExpertMonitor(keras.callbacks.Callback):
     - `dead_experts`: how many experts get less than 1 % of their share.
     - `effective_experts`: exp(`entropy`), between how many experts the router wavers.
     - `confidence`: mean of the router's largest probability, for sparse layers.
+    - `least_share`: what the expert with the least gets, over its fair share.
+    - `batch_cv`: the `load_cv` within a batch, mean over batches; `worst_batch_cv` and
+      `worst_dropped` of the worst batch. Where the experts in favour change from batch to batch,
+      the numbers over an epoch do not show it.
+    - `aux_loss`: the part of this layer.
     - `combine_min`, `combine_max`: of `SoftMoE`, the combine weight of the least and the most used
       slot over all tokens, over the mean slot's.
     - `dispatch_min`, `dispatch_max`: of `SoftMoE`, the weight in all slots of the token that enters
@@ -48,9 +60,10 @@ class ExpertMonitor(keras.callbacks.Callback):
       `{layer}/{task}/expert_{e}` per gate weight, the mean over tokens or examples.
 
     At the end of an epoch a warning of category `ExpertAlarm` says what is wrong and what to try,
-    once per layer and kind in a `fit`: dead experts, a collapse to few of them, a saturated router,
-    many drops, gates that take one expert alone. At the start of a `fit` another one says where the
-    optimizer accumulates gradients and a router that adapts to the load does not wait for it.
+    once per layer and kind in a `fit`: dead or starved experts, a collapse to few of them, an
+    imbalance within batches, a saturated router, many drops, uniform slots, gates that take one
+    expert alone. At the start of a `fit` another one says where the optimizer accumulates gradients
+    and a router that adapts to the load does not wait for it.
 
     Args:
         every: Positive integer, the batches between two reads of the counts, which are also read
@@ -79,7 +92,7 @@ class ExpertMonitor(keras.callbacks.Callback):
     ...     x, x[:, :1], verbose=0, callbacks=[keras_moe.callbacks.ExpertMonitor()]
     ... )
     >>> sorted(history.history)
-    ['loss', 'moe/entropy', 'moe/load_cv']
+    ['aux_loss', 'loss', 'moe/entropy', 'moe/load_cv']
 
     Reference:
         Wang et al. 2024, "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts",
@@ -102,12 +115,19 @@ class ExpertMonitor(keras.callbacks.Callback):
         self.metrics = _metric_names(metrics)
         self.alarms = bool(alarms)
         self.csv, self.json, self.log_dir = csv, json, log_dir
+        self.evaluated_aux_loss: float | None = None
         self._before: dict[int, Counts] = {}
         self._latest: dict[str, float] = {}
         self._raised: set[tuple[str, str]] = set()
         self._writers: list[Writer] = []
+        self._trains = self._is_compiled = False
+        self._programs = ExitStack()  # of evaluation, in a `fit` or outside
+        self._evaluation = ExitStack()
+        self._read_evaluation: Callable[[], dict[str, Counts]] | None = None
 
     def on_train_begin(self, logs: Logs | None = None) -> None:
+        self._end_evaluation()  # of one that failed
+        self._trains = True
         self._raised = set()
         paths = ((self.csv, CsvWriter), (self.json, JsonWriter), (self.log_dir, TensorBoardWriter))
         self._writers = [make(Path(path)) for path, make in paths if path is not None]
@@ -122,27 +142,29 @@ class ExpertMonitor(keras.callbacks.Callback):
             router = getattr(layer, "router", None)
             every = getattr(router, "update_every", steps)
             if every != steps:
-                warnings.warn(
+                _warn(
                     f"{name}: the router changes what follows the load every {every} batches, the "
                     f"optimizer its weights every {steps}. Give `{type(router).__name__}` "
-                    f"`update_every={steps}`.",
-                    ExpertAlarm,
-                    stacklevel=2,
+                    f"`update_every={steps}`."
                 )
 
     def on_epoch_begin(self, epoch: int, logs: Logs | None = None) -> None:
+        for _, layer in named_layers(self.model):
+            getattr(layer, "reset_worst_batch", lambda: None)()
         self._before = {id(layer): counts for _, layer, counts in self._read()}
         self._latest = {}
 
     def on_train_batch_end(self, batch: int, logs: Logs | None = None) -> None:
         if (batch + 1) % self.every == 0:
-            self._latest = self._scalars(self._new(), self.metrics)
+            self._latest = self._logs(self._new())
         if logs is not None:
             logs.update(self._latest)
 
     def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
         new = self._new()
-        self._latest = self._scalars(new, self.metrics)
+        self._latest = self._logs(new)
+        if self._is_compiled and self.evaluated_aux_loss is not None:
+            self._latest["val_aux_loss"] = self.evaluated_aux_loss  # Keras copied the logs since
         if logs is not None:
             logs.update(self._latest)
         if self._writers:
@@ -156,7 +178,41 @@ class ExpertMonitor(keras.callbacks.Callback):
             for name, layer, counts in new:
                 self._warn(name, layer, counts, epoch)
 
+    def on_test_begin(self, logs: Logs | None = None) -> None:
+        self._evaluation.close()  # of one that failed
+        if not is_of_keras_3(self.model):
+            return
+        sync_state(self.model)
+        named = [(name, layer) for name, layer in named_layers(self.model) if has_losses(layer)]
+        if not named:
+            return
+        if not self._is_compiled:
+            self._programs.enter_context(evaluating_anew(self.model))
+            self._is_compiled = True
+        self._read_evaluation = self._evaluation.enter_context(counting_apart(named))
+
+    def on_test_end(self, logs: Logs | None = None) -> None:
+        if self._read_evaluation is not None:
+            sync_state(self.model)
+            layers = dict(named_layers(self.model))
+            new = [(name, layers[name], counts) for name, counts in self._read_evaluation().items()]
+            self.evaluated_aux_loss = sum(self._scalars(new, ["aux_loss"]).values())
+            if logs is not None:
+                logs["aux_loss"] = self.evaluated_aux_loss
+        self._evaluation.close()
+        self._read_evaluation = None
+        if not self._trains:
+            self._end_evaluation()
+
+    def _end_evaluation(self) -> None:
+        """Gives the model back its counts and its program of evaluation."""
+        self._evaluation.close()
+        self._programs.close()
+        self._is_compiled, self._read_evaluation = False, None
+
     def on_train_end(self, logs: Logs | None = None) -> None:
+        self._trains = False
+        self._end_evaluation()
         for writer in self._writers:
             writer.close()
         self._writers = []
@@ -176,7 +232,7 @@ class ExpertMonitor(keras.callbacks.Callback):
         for kind, message in alarms(layer, counts):
             if (name, kind) not in self._raised:
                 self._raised.add((name, kind))
-                warnings.warn(f"{name}, epoch {epoch + 1}: {message}", ExpertAlarm, stacklevel=2)
+                _warn(f"{name}, epoch {epoch + 1}: {message}")
 
     def _new(self) -> list[tuple[str, keras.layers.Layer, Counts]]:
         """By layer, what was counted in this epoch."""
@@ -189,6 +245,13 @@ class ExpertMonitor(keras.callbacks.Callback):
             (name, layer, difference(now, before[id(layer)]) if id(layer) in before else now)
             for name, layer, now in read
         ]
+
+    def _logs(self, new: Sequence[tuple[str, keras.layers.Layer, Counts]]) -> dict[str, float]:
+        """What is asked for, and the losses of all layers in one sum."""
+        losing = [each for each in new if has_losses(each[1])]
+        losses = self._scalars(losing, ["aux_loss"]).values()
+        total = {"aux_loss": sum(losses)} if losing else {}
+        return self._scalars(new, self.metrics) | total
 
     @staticmethod
     def _scalars(
@@ -212,6 +275,11 @@ class ExpertMonitor(keras.callbacks.Callback):
             "alarms": self.alarms,
             **{name: None if path is None else str(path) for name, path in paths.items()},
         }
+
+
+def _warn(message: str) -> None:
+    """Warns without a line of source, which would be one of this file or of Keras."""
+    warnings.warn_explicit(message, ExpertAlarm, "ExpertMonitor", 0)
 
 
 def _metric_names(metrics: str | Sequence[str] | None) -> tuple[str, ...]:

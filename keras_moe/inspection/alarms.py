@@ -7,14 +7,10 @@ import keras
 import numpy as np
 
 from keras_moe.core.types import Array
+from keras_moe.inspection import advice
 from keras_moe.inspection.health import Counts, amounts_of, dead_experts, health, shares_of
 from keras_moe.inspection.layer_numbers import has_capacity, task_names
-
-_ENOUGH = 20  # counts per expert: with fewer, chance alone leaves experts out
-_LEAST_USED = 0.5  # of the experts
-_SURE = 0.02  # of log(E)
-_DROPPED = 0.1
-_POLARISED = 0.9
+from keras_moe.inspection.ranges import polarised_tasks, ranges_of
 
 
 class ExpertAlarm(UserWarning):
@@ -25,7 +21,8 @@ class Alarm(NamedTuple):
     """One problem of a layer.
 
     Attributes:
-        kind: "dead", "collapse", "saturation", "drops" or "polarisation".
+        kind: "dead", "collapse", "few", "starved", "imbalance", "saturation", "drops", "uniform" or
+            "polarisation".
         message: what was seen and what to try.
     """
 
@@ -33,73 +30,108 @@ class Alarm(NamedTuple):
     message: str
 
 
-def can_be_judged(amounts: Array) -> bool:
-    """Whether there are several experts, and enough was counted to rule out chance."""
-    num_experts = amounts.shape[-1]
-    return bool(num_experts > 1 and amounts.sum(axis=-1).min() >= _ENOUGH * num_experts)
+def alarms(layer: keras.layers.Layer, counts: Counts, training: bool = True) -> Iterator[Alarm]:
+    """Returns the problems of a layer, from its counts over some time, such as an epoch.
 
+    There is at least one where a number is out of its healthy range.
 
-def alarms(layer: keras.layers.Layer, counts: Counts) -> Iterator[Alarm]:
-    """Returns the problems of a layer, from its counts over some time, such as an epoch."""
-    measure, amounts = amounts_of(counts)
-    num_experts = amounts.shape[-1]
-    if not can_be_judged(amounts):
+    Args:
+        layer: a mixture layer.
+        counts: what its `running_counts()` gives, or the difference of two of them.
+        training: whether they are of training; drops may have another limit at inference.
+    """
+    ranges = ranges_of(layer, counts)
+    if not ranges:
         return
     values = health(counts, has_capacity(layer))
-    balances = "a larger `balance_weight`, or `router='sigmoid_bias'`"
-    if dead := dead_experts(amounts):
-        named = f"{dead[:8]}{' ...' * (len(dead) > 8)}"
-        remedies = ["fewer experts"]
-        if measure == "load":
-            remedies = [balances, "a lower learning rate", "or fewer experts"]
-        elif hasattr(layer, "num_tasks"):
-            remedies = ["`gate_dropout=0.1`", "or fewer experts"]
-        yield Alarm(
-            "dead",
-            f"{len(dead)} of {num_experts} experts get less than 1 % of their share: {named}. Try "
-            f"{', '.join(remedies)}.",
-        )
-    elif measure == "load" and values["used_experts"] < _LEAST_USED * num_experts:
-        yield Alarm(
-            "collapse",
-            f"The load is that of {values['used_experts']:.1f} experts of equal use, out of "
-            f"{num_experts}. Try {balances}, or a lower learning rate.",
-        )
-    if measure == "load" and values["entropy"] < _SURE * np.log(num_experts):
+    out = {
+        ranges[name].kind for name in values if name in ranges and values[name] not in ranges[name]
+    }
+    yield from _uneven(layer, counts, values, out)
+    num_experts = layer.num_experts
+    if "saturation" in out:
         yield Alarm(
             "saturation",
             f"The router is all but sure of every token (entropy {values['entropy']:.3f} of "
-            f"{np.log(num_experts):.2f} nats): it learns little any more. Try a larger "
-            "`z_loss_weight`, `jitter`, or a lower learning rate.",
+            f"{np.log(num_experts):.2f} nats): it learns little any more. "
+            + advice.sentence(advice.against_sureness(layer)),
         )
-    if values.get("dropped", 0.0) > _DROPPED:
+    if "drops" in out:
+        worst = ""
+        if "worst_dropped" in values:
+            worst = f", {100 * values['worst_dropped']:.0f} % in the worst batch"
         yield Alarm(
             "drops",
-            f"{100 * values['dropped']:.0f} % of the assignments are dropped. Try a larger "
-            f"`{_limit(layer)}`, `{_limit(layer)}=None`, or {balances}.",
+            f"{100 * values['dropped']:.0f} % of the assignments are dropped"
+            f"{worst}. " + advice.sentence(advice.against_drops(layer, training)),
         )
-    yield from _polarised(layer, amounts)
+    if "uniform" in out:
+        yield Alarm(
+            "uniform",
+            f"The slots are all but uniform: a token's weights are those of "
+            f"{values['effective_experts']:.3f} of {num_experts} experts, so that every expert "
+            "sees the mean token. " + advice.sentence(advice.against_uniformity(layer)),
+        )
+    yield from _polarised(layer, amounts_of(counts)[1])
 
 
-def _limit(layer: keras.layers.Layer) -> str:
-    """The argument that limits what an expert takes."""
-    return "capacity_factor" if layer.capacity is None else "capacity"
+def _uneven(
+    layer: keras.layers.Layer, counts: Counts, values: dict[str, float], out: set[str]
+) -> Iterator[Alarm]:
+    """The gravest problem of how much the experts get."""
+    measure, amounts = amounts_of(counts)
+    num_experts, used = amounts.shape[-1], values["used_experts"]
+    try_ = advice.sentence(advice.against_imbalance(layer))
+    if "dead" in out:
+        dead = dead_experts(amounts)
+        named = f"{dead[:8]}{' ...' * (len(dead) > 8)}"
+        yield Alarm(
+            "dead",
+            f"{len(dead)} of {num_experts} experts get less than 1 % of their share: {named}. "
+            + try_,
+        )
+    elif "collapse" in out:
+        yield Alarm(
+            "collapse",
+            f"The {measure} is that of {used:.1f} experts of equal use, out of {num_experts}, and "
+            f"its spread over the mean is {values[f'{measure}_cv']:.2g}. {try_}",
+        )
+    elif "few" in out:
+        yield Alarm(
+            "few", f"The gates use {used:.2f} of {num_experts} experts, the mean of tasks. {try_}"
+        )
+    elif "starved" in out:
+        least = shares_of(amounts).max(axis=0)
+        share = min(values["least_share"], values.get("combine_min", 1.0))
+        yield Alarm(
+            "starved",
+            f"Expert {least.argmin()} gets {100 * share:.0f} % of its fair share. {try_}",
+        )
+    elif "imbalance" in out:
+        yield Alarm("imbalance", f"{_by_batch(values)} {try_}")
+
+
+def _by_batch(values: dict[str, float]) -> str:
+    text = f"The busiest expert gets {1 + values['max_violation']:.1f} times its share"
+    if "batch_cv" not in values:
+        return f"{text}."
+    return (
+        f"{text}; within a batch the spread of the load over its mean is {values['batch_cv']:.2g}, "
+        f"in the worst one {values['worst_batch_cv']:.2g}."
+    )
 
 
 def _polarised(layer: keras.layers.Layer, amounts: Array) -> Iterator[Alarm]:
     """The tasks of a multi-gate layer that read one expert alone."""
-    if len(amounts) == 1:
+    if not hasattr(layer, "num_tasks"):
         return
-    shares = shares_of(amounts)
-    names = task_names(layer)
+    shares, names = shares_of(amounts), task_names(layer)
     polarised = [
-        f"{names[task]!r} (expert {row.argmax()})"
-        for task, row in enumerate(shares)
-        if row.max() > _POLARISED
+        f"{names[task]!r} (expert {shares[task].argmax()})" for task in polarised_tasks(shares)
     ]
     if polarised:
         yield Alarm(
             "polarisation",
-            f"Gates that take one expert alone: {', '.join(polarised)}. Try `gate_dropout=0.1`, or "
-            "a lower learning rate of the gates.",
+            f"Gates that take one expert alone: {', '.join(polarised)}. "
+            + advice.sentence(advice.against_polarisation(layer)),
         )

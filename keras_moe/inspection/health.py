@@ -17,6 +17,11 @@ NAMES = (
     "dead_experts",
     "effective_experts",
     "confidence",
+    "least_share",
+    "batch_cv",
+    "worst_batch_cv",
+    "worst_dropped",
+    "aux_loss",
     "combine_min",
     "combine_max",
     "dispatch_min",
@@ -27,6 +32,9 @@ NAMES = (
 )
 _DEAD = 0.01  # of the mean: what an expert with less is called dead
 _TINY = 1e-12
+# Of counts: the largest of any batch, which are no sums, and what may be below 0.
+_LARGEST = ("worst_batch_cv", "worst_dropped")
+_MAY_SHRINK = (*_LARGEST, "aux_loss")
 
 
 def health(
@@ -40,7 +48,8 @@ def health(
         wanted: some of `NAMES`.
 
     Returns:
-        Floats by name. For `MMoE` they are means over tasks; its dead experts are dead for all.
+        Floats by name. For `MMoE` they are means over tasks; its dead experts are dead for all, and
+        its `least_share` is of the task that takes most of that expert.
     """
     measure, amounts = amounts_of(counts)
     mean = np.maximum(amounts.mean(axis=-1), _TINY)
@@ -54,9 +63,16 @@ def health(
         "used_experts": lambda: used_experts(amounts).mean(),
         "dead_experts": lambda: len(dead_experts(amounts)),
         "effective_experts": lambda: np.exp(entropy).mean(),
+        "least_share": lambda: shares_of(amounts).max(axis=0).min() * amounts.shape[-1],
     }
     if has_capacity:
         values["dropped"] = lambda: counts["dropped"] / max(float(counts["assignments"]), 1.0)
+    if "batches" in counts:
+        values["batch_cv"] = lambda: counts["batch_cv"] / max(float(counts["batches"]), 1.0)
+        values["aux_loss"] = lambda: counts["aux_loss"] / max(float(counts["batches"]), 1.0)
+        values["worst_batch_cv"] = lambda: counts["worst_batch_cv"]
+        if has_capacity:
+            values["worst_dropped"] = lambda: counts["worst_dropped"]
     if "confidence" in counts:
         values["confidence"] = lambda: counts["confidence"] / decisions
     if "slot_importance" in counts:
@@ -105,9 +121,12 @@ def difference(now: Counts, before: Counts) -> Counts:
     """What was counted between two reads; all of `now` where counts were reset in between."""
     if have_dropped(now, before):
         return now
-    return {name: np.asarray(now[name] - before[name]) for name in now}
+    return {
+        name: np.asarray(value if name in _LARGEST else value - before[name])
+        for name, value in now.items()
+    }
 
 
 def have_dropped(now: Counts, before: Counts) -> bool:
     """Whether counts, which only grow, are those of other weights, or were reset."""
-    return any(bool(np.any(now[name] < before[name])) for name in now)
+    return any(bool(np.any(now[name] < before[name])) for name in now if name not in _MAY_SHRINK)

@@ -36,6 +36,12 @@ def has_capacity(layer: keras.layers.Layer) -> bool:
     return bool(getattr(layer, "has_capacity", False))
 
 
+def has_losses(layer: keras.layers.Layer) -> bool:
+    """Whether a layer adds losses of its router to the model's."""
+    weights = getattr(getattr(layer, "router", None), "loss_weights", {})
+    return hasattr(layer, "balance_weight") and any(weights.values())
+
+
 def task_names(layer: keras.layers.Layer) -> list[str]:
     """The names of a multi-gate layer's tasks; "task_0" and so on where it has a count."""
     tasks = layer.tasks

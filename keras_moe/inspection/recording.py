@@ -155,6 +155,36 @@ def count_routing(model: keras.layers.Layer) -> Iterator[dict[str, Counts]]:
 
 
 @contextmanager
+def evaluating_anew(model: keras.Model) -> Iterator[None]:
+    """Lets `evaluate` compile a program of its own, in which layers count if they are told to."""
+    before, own = model.test_function, vars(model).get("test_step")
+    model.test_step = partial(model.test_step)  # JAX knows a method that it has compiled
+    model.make_test_function(force=True)
+    try:
+        yield
+    finally:
+        model.test_function = before
+        del model.test_step
+        if own is not None:
+            model.test_step = own
+
+
+@contextmanager
+def counting_apart(
+    named: list[tuple[str, keras.layers.Layer]],
+) -> Iterator[Callable[[], dict[str, Counts]]]:
+    """Lets layers count in inference; gives a function that reads what was counted inside.
+
+    The layers' own counts are left as they were.
+    """
+    with ExitStack() as restored:
+        before = {name: restored.enter_context(_counting(layer)) for name, layer in named}
+        yield lambda: {
+            name: difference(layer.running_counts(), before[name]) for name, layer in named
+        }
+
+
+@contextmanager
 def _counting(layer: keras.layers.Layer) -> Iterator[Counts]:
     """Lets a layer count in inference; gives its counts before."""
     if layer.counts_always:  # for a context around this one, which wants these calls too

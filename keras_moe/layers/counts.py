@@ -39,7 +39,7 @@ class RunningSums:
     """
 
     def __init__(self, owner: keras.layers.Layer, name: str, shape: tuple[int, ...] = ()) -> None:
-        self._limbs = owner.add_weight(
+        self.limbs = owner.add_weight(
             name=name,
             shape=(2, *shape),
             initializer="zeros",
@@ -54,23 +54,81 @@ class RunningSums:
         check_outside_of_loops()
         values = ops.stop_gradient(ops.cast(values, "float32"))
         values = ops.where(ops.isfinite(values), values, ops.zeros_like(values))
-        low = self._limbs[1] + values
+        low = self.limbs[1] + values
         carry = ops.floor(low / _BASE)
         if not backend.current.is_recomputing():
-            self._limbs.assign(ops.stack([self._limbs[0] + carry, low - carry * _BASE]))
+            self.limbs.assign(ops.stack([self.limbs[0] + carry, low - carry * _BASE]))
 
     def read(self) -> np.ndarray[Any, np.dtype[np.float64]]:
         """The sums since the last reset, float64."""
-        high, low = np.asarray(ops.convert_to_numpy(self._limbs.value), dtype=np.float64)
+        high, low = np.asarray(ops.convert_to_numpy(self.limbs.value), dtype=np.float64)
         total: np.ndarray[Any, np.dtype[np.float64]] = np.asarray(high * _BASE + low)
         return total
 
     def reset(self) -> None:
         """Starts again from 0."""
-        self._limbs.assign(ops.zeros_like(self._limbs.value))
+        self.limbs.assign(ops.zeros_like(self.limbs.value))
 
 
 _TOTALS = ("assignments", "dropped", "decisions", "entropy", "confidence")  # as counted
+
+
+_BY_BATCH = ("batches", "batch_cv", "aux_loss")
+_WORST = ("worst_batch_cv", "worst_dropped")
+_FINE = 1024.0  # parts of 1, so that small numbers keep their digits in large sums
+
+
+class BatchCounts:
+    """Sums and maxima over batches, of which an imbalance that moves from batch to batch is seen.
+
+    The weights `batches` and `worst` are not saved: files are those of layers without them.
+
+    Args:
+        owner: The layer that gets the weights.
+    """
+
+    def __init__(self, owner: keras.layers.Layer) -> None:
+        self._sums = RunningSums(owner, "batches", (len(_BY_BATCH),))
+        self._worst = owner.add_weight(
+            name="worst",
+            shape=(len(_WORST),),
+            initializer="zeros",
+            dtype="float32",
+            trainable=False,
+            autocast=False,
+            aggregation="only_first_replica",
+        )
+
+    @property
+    def weights(self) -> tuple[Any, ...]:
+        """The weights that files leave out."""
+        return self._sums.limbs, self._worst
+
+    def add(self, load: Tensor, assignments: Tensor, dropped: Tensor, aux_loss: Tensor) -> None:
+        """Counts one batch, unless all of it is padding."""
+        total = ops.maximum(ops.sum(load), 1.0)
+        cv = ops.std(load) * load.shape[-1] / total
+        is_counted = ops.cast(assignments > 0, "float32")
+        self._sums.add(_FINE * is_counted * ops.stack([ops.ones_like(cv), cv, aux_loss]))
+        worst = ops.stack([cv, dropped / ops.maximum(assignments, 1.0)])
+        worst = ops.where(ops.isfinite(worst), is_counted * worst, 0.0)
+        if not backend.current.is_recomputing():
+            self._worst.assign(ops.maximum(self._worst.value, ops.stop_gradient(worst)))
+
+    def read(self) -> dict[str, Any]:
+        """The sums since the last reset and the largest values, float64."""
+        worst = np.asarray(ops.convert_to_numpy(self._worst.value), dtype=np.float64)
+        values = (*(self._sums.read() / _FINE), *worst)
+        return dict(zip(_BY_BATCH + _WORST, values, strict=True))
+
+    def reset(self) -> None:
+        """Starts again from 0."""
+        self._sums.reset()
+        self.reset_worst()
+
+    def reset_worst(self) -> None:
+        """Starts the largest values again, whose past no difference takes away."""
+        self._worst.assign(ops.zeros_like(self._worst.value))
 
 
 class RoutingCounts:
@@ -84,13 +142,15 @@ class RoutingCounts:
     def __init__(self, owner: keras.layers.Layer, num_experts: int) -> None:
         self._load = RunningSums(owner, "load", (num_experts,))
         self._totals = RunningSums(owner, "totals", (len(_TOTALS),))
+        self.by_batch = BatchCounts(owner)
 
-    def add(self, decision: Routing, routing: Routing) -> None:
+    def add(self, decision: Routing, routing: Routing, aux_loss: Tensor) -> None:
         """Counts one batch.
 
         Args:
             decision: what the router decided, about tokens or about whole examples.
             routing: what came of it for each token.
+            aux_loss: the losses that the layer adds to the model's, in one sum.
         """
         if decision.logits.shape[0] == 0:  # torch has no maximum of nothing
             return
@@ -99,24 +159,27 @@ class RoutingCounts:
         # A token that is not finite has no entropy: it is left out of the mean.
         is_decided = ops.logical_and(ops.any(decision.asked, axis=-1), ops.isfinite(entropy))
         assignments = ops.sum(ops.cast(routing.asked, "float32"))
+        dropped = assignments - ops.sum(ops.cast(routing.kept, "float32"))
         totals = (
             assignments,
-            assignments - ops.sum(ops.cast(routing.kept, "float32")),
+            dropped,
             ops.sum(ops.cast(is_decided, "float32")),
             ops.sum(ops.where(is_decided, entropy, 0.0)),
             ops.sum(ops.where(is_decided, ops.max(p, axis=-1), 0.0)),
         )
         self._load.add(decision.load)
         self._totals.add(ops.stack(totals))
+        self.by_batch.add(decision.load, assignments, dropped, aux_loss)
 
     def read(self) -> dict[str, Any]:
         """The counts since the last reset, float64."""
-        return {"load": self._load.read(), **dict(zip(_TOTALS, self._totals.read(), strict=True))}
+        totals = dict(zip(_TOTALS, self._totals.read(), strict=True))
+        return {"load": self._load.read(), **totals, **self.by_batch.read()}
 
     def reset(self) -> None:
         """Starts again from 0."""
-        self._load.reset()
-        self._totals.reset()
+        for counts in (self._load, self._totals, self.by_batch):
+            counts.reset()
 
 
 _SOFT_TOTALS = ("decisions", "entropy", "sequences", "dispatch_min", "dispatch_max")

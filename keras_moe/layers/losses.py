@@ -9,6 +9,8 @@ from keras.src.backend import get_stateless_scope, in_stateless_scope
 
 from keras_moe.core import checks
 from keras_moe.core.records import Routing
+from keras_moe.core.types import Tensor
+from keras_moe.layers.counts import RoutingCounts
 from keras_moe.layers.loops import enclosing_loop
 from keras_moe.routers import Router
 
@@ -18,9 +20,11 @@ class AddsRouterLosses(keras.layers.Layer):
 
     The coefficients are a weight, `loss_weights (losses,)`, which a compiled training step reads
     anew each time. Keras's files leave it out: a loaded layer has those that it was made with.
+    They leave out what was counted by batch, too.
     """
 
     router: Router
+    _counts: RoutingCounts
     _loss_weights: Any = None
     _loss_names: tuple[str, ...] = ()  # of the losses that are on, in the order of the coefficients
     _losses_scope: Any = None
@@ -38,16 +42,19 @@ class AddsRouterLosses(keras.layers.Layer):
                 autocast=False,
             )
 
-    def _add_losses(self, decision: Routing) -> None:
-        """Adds the router's losses, times their coefficients, to the model's."""
+    def _add_losses(self, decision: Routing) -> Tensor:
+        """Adds the router's losses, times their coefficients, to the model's; returns their sum."""
+        total = ops.zeros((), "float32")
         if not self.router.trainable:  # Keras drops regularizers of frozen weights too
-            return
+            return total
         if enclosing_loop() is not None:  # which is not trained
-            return
+            return total
         for index, name in enumerate(self._loss_names):
             loss = self._loss_weights[index] * decision.losses[name]
             # In the dtype of the model's loss, to which TensorFlow adds no other.
             self.add_loss(ops.cast(loss, keras.config.floatx()))
+            total = total + ops.cast(loss, "float32")
+        return total
 
     def _clear_losses(self) -> None:
         # On JAX, Keras (3.15.1) runs a model's layers without a call context of the model: each
@@ -108,21 +115,26 @@ class AddsRouterLosses(keras.layers.Layer):
         values = [weight if name == loss else self._loss_weight(name) for name in names]
         self._loss_weights.assign(ops.convert_to_tensor(values, "float32"))
 
-    def _place_of_loss_weights(self) -> str | None:
-        """Where Keras would save the coefficients among the layer's own variables."""
+    def _unsaved(self) -> dict[str, Any]:
+        """What files leave out, by the place that Keras gives it among the layer's own variables.
+
+        The layer makes it after what is saved, so that the places of that stay the same.
+        """
+        if not self.built:
+            return {}
+        left_out = {id(self._loss_weights), *map(id, self._counts.by_batch.weights)}
         own = [*self._trainable_variables, *self._non_trainable_variables]
-        places = [place for place, variable in enumerate(own) if variable is self._loss_weights]
-        return str(places[0]) if places else None
+        return {
+            str(place): variable for place, variable in enumerate(own) if id(variable) in left_out
+        }
 
     def save_own_variables(self, store: Any) -> None:
         super().save_own_variables(store)
-        place = self._place_of_loss_weights()
-        if place is not None:
+        for place in self._unsaved():
             del store[place]
 
     def load_own_variables(self, store: Any) -> None:
-        place = self._place_of_loss_weights()
         stored = {key: store[key] for key in store.keys()}  # noqa: SIM118
-        if place is not None:
-            stored[place] = self._loss_weights.numpy()
-        super().load_own_variables(stored)
+        super().load_own_variables(
+            stored | {place: variable.numpy() for place, variable in self._unsaved().items()}
+        )

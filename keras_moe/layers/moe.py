@@ -157,6 +157,7 @@ class MoE(AddsRouterLosses, ExpertFeedForward):
     parts = ("router", "experts", "shared_experts")
     AXES = (("load", "limbs", "num_experts"),)
     _rule: type[routers.Router] | None = routers.TopKRouter
+    takes_router = True  # whether there is an argument `router`
 
     def __init__(
         self,
@@ -327,12 +328,12 @@ class MoE(AddsRouterLosses, ExpertFeedForward):
             token_ids = flat_token_ids("MoE", inputs, token_ids)
 
         decision, routing = self._route(tokens, mask, axes, training, token_ids)
-        self._add_losses(decision)
+        aux_loss = self._add_losses(decision)
         outputs, kept = self._run_experts(tokens, routing, axes, training)
         asked = kept if self.router.chooses_tokens else routing.asked
         routing = routing._replace(kept=kept, asked=asked)
         if training or self.counts_always:
-            self._counts.add(decision, routing)
+            self._counts.add(decision, routing, aux_loss)
 
         if self.shared_experts is not None:
             shared = self.shared_experts(ops.expand_dims(tokens, 0), training=training)
@@ -440,10 +441,19 @@ class MoE(AddsRouterLosses, ExpertFeedForward):
             A dict of float64 arrays, padding excluded: `load (E,)`, the router's assignments per
             expert before drops; `assignments` and `dropped`, of the tokens; `decisions` of the
             router (tokens, or examples at that routing level); `entropy` and `confidence`, the sums
-            over decisions of the router's entropy in nats and of its largest probability.
+            over decisions of the router's entropy in nats and of its largest probability;
+            `batches`, the calls with at least one token, and the sums over them of `batch_cv`, the
+            standard deviation of their load over its mean, and `aux_loss`, what the layer adds to
+            the model's loss; `worst_batch_cv` and `worst_dropped`, the largest spread of a batch
+            and its largest share of dropped assignments. What is by batch is not saved.
         """
         check_built(self)
         return self._counts.read()
+
+    def reset_worst_batch(self) -> None:
+        """Starts the two numbers of the worst batch again, as `ExpertMonitor` does each epoch."""
+        check_built(self)
+        self._counts.by_batch.reset_worst()
 
     def reset_running_counts(self) -> None:
         """Starts the running counts again from 0."""

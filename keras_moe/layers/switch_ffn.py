@@ -47,6 +47,7 @@ class SwitchFFN(MoE):
     """
 
     _rule = SwitchRouter
+    takes_router = False
 
     def __init__(
         self,

@@ -14,6 +14,7 @@ from keras_moe.plots._canvas import new_figure
 from keras_moe.reporting import page, tables
 from keras_moe.reporting.gather import gather
 from keras_moe.reporting.labels import labels_of
+from keras_moe.reporting.last_epoch import last_epoch
 from keras_moe.reporting.parts import Findings, layer_parts, overview_parts
 from keras_moe.reporting.summary import summarize
 from keras_moe.reporting.top_tokens import texts_of
@@ -40,8 +41,9 @@ def report(
     The page stands alone: no script, no network, pictures inside; it is made to be read on light
     and dark screens and to be printed. It has, of what applies:
 
-    - per mixture layer experts, parameters, the numbers of `ExpertMonitor` on these data, and, as
-      its alarms say it, what is wrong and what to try;
+    - per mixture layer experts, parameters, the numbers of `ExpertMonitor` on these data and in the
+      last epoch of training, those out of their healthy range in another colour, and, as its alarms
+      say it, what is wrong and what to try;
     - the load of all layers, and how it went in training, from the monitor's file;
     - per layer, which classes, tasks, tokens and patches use which expert, which experts work
       together, and which slots are alike.
@@ -74,7 +76,7 @@ def report(
 
     Raises:
         ValueError: where the model is none or has no mixture layer that is built, the data no
-            example, or labels do not fit them.
+            example, labels do not fit them, or the history is of another model.
         ImportError: without matplotlib.
 
     Example:
@@ -92,6 +94,8 @@ def report(
     checks.positive_int("batch_size", batch_size)
     x, y = gather(data, checks.positive_int("max_examples", max_examples))
     count = example_count(x)
+    named = named_layers(model)
+    last = None if history is None else last_epoch(history, named)
     findings = Findings(
         model=model,
         inputs=x,
@@ -103,7 +107,7 @@ def report(
     )
     with count_routing(model) as counts:
         findings.records |= records_of(model, x, batch_size, SPARSE, SOFT, GATES)
-    summaries = [summarize(name, layer, counts[name]) for name, layer in named_layers(model)]
+    summaries = [summarize(name, layer, counts[name], last) for name, layer in named]
     parts = [tables.lead(model, count, findings.labels, summaries), *tables.overview(summaries)]
     parts += overview_parts(findings, summaries)
     for number, summary in enumerate(summaries):

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 import keras
 
 from keras_moe.flops.active_parameters import active_parameters
-from keras_moe.inspection.alarms import alarms, can_be_judged
-from keras_moe.inspection.health import Counts, amounts_of, health
+from keras_moe.inspection.alarms import alarms
+from keras_moe.inspection.health import Counts, health
 from keras_moe.inspection.layer_numbers import has_capacity
+from keras_moe.inspection.ranges import Range, ranges_of
+from keras_moe.reporting.last_epoch import LastEpoch
 
 HEALTHY = "No alarm."
 UNJUDGED = "Too few tokens to judge: chance alone leaves experts out."
@@ -25,11 +27,37 @@ MEANINGS = {
     "dead_experts": "experts with less than 1 % of their share",
     "effective_experts": "exp(entropy): between how many experts the router wavers",
     "confidence": "mean of the router's largest probability",
+    "least_share": "what the expert with the least gets, over its fair share",
+    "batch_cv": "spread of the load over its mean within a batch, the mean over batches",
+    "worst_batch_cv": "the same of the worst batch",
+    "worst_dropped": "share dropped in the worst batch",
+    "aux_loss": "what the router's losses, times their coefficients, add to the model's per batch",
     "combine_min": "combine weight of the least used slot, over the mean slot's",
     "combine_max": "combine weight of the most used slot, over the mean slot's",
     "dispatch_min": "weight in all slots of the least dispatched token, over the mean token's",
     "dispatch_max": "weight in all slots of the most dispatched token, over the mean token's",
 }
+
+
+@dataclass(frozen=True)
+class State:
+    """How a layer does, on the data or in training.
+
+    Attributes:
+        place: where in training that was; "" for the data.
+        numbers: the layer's `health`.
+        ranges: the healthy ranges of its numbers.
+        alarms: what is wrong, and what to try; or that nothing is.
+        is_well: whether there is no alarm.
+        is_judged: whether enough was counted for alarms.
+    """
+
+    place: str
+    numbers: dict[str, float]
+    ranges: dict[str, Range]
+    alarms: tuple[str, ...]
+    is_well: bool
+    is_judged: bool
 
 
 @dataclass(frozen=True)
@@ -44,10 +72,7 @@ class Summary:
         parameters: of the layer.
         active: those of them that one token meets.
         counts: what it counted on the data.
-        numbers: its `health`.
-        alarms: what is wrong, and what to try; or that nothing is.
-        is_well: whether there is no alarm.
-        is_judged: whether enough was counted for alarms.
+        states: how it does on the data, and in the last epoch of a history.
     """
 
     name: str
@@ -57,16 +82,17 @@ class Summary:
     parameters: int
     active: int
     counts: Counts
-    numbers: dict[str, float]
-    alarms: tuple[str, ...]
-    is_well: bool
-    is_judged: bool
+    states: tuple[State, ...]
 
 
-def summarize(name: str, layer: keras.layers.Layer, counts: Counts) -> Summary:
-    """Summarizes a layer and its counts."""
-    messages = tuple(alarm.message for alarm in alarms(layer, counts))
-    is_judged = can_be_judged(amounts_of(counts)[1])
+def summarize(
+    name: str, layer: keras.layers.Layer, counts: Counts, last: LastEpoch | None
+) -> Summary:
+    """Summarizes a layer, its counts, and those of its last epoch of training, if there are any."""
+    states = [_state("", layer, counts)]
+    if last is not None and name in last.counts:
+        place = f"in training, epoch {last.epoch + 1}"
+        states.append(_state(place, layer, last.counts[name]))
     return Summary(
         name=name,
         layer=layer,
@@ -75,10 +101,20 @@ def summarize(name: str, layer: keras.layers.Layer, counts: Counts) -> Summary:
         parameters=all_parameters(layer),
         active=active_parameters(layer),
         counts=counts,
+        states=tuple(states),
+    )
+
+
+def _state(place: str, layer: keras.layers.Layer, counts: Counts) -> State:
+    messages = tuple(alarm.message for alarm in alarms(layer, counts, training=bool(place)))
+    ranges = ranges_of(layer, counts)
+    return State(
+        place=place,
         numbers=health(counts, has_capacity(layer)),
-        alarms=messages or (HEALTHY if is_judged else UNJUDGED,),
+        ranges=ranges,
+        alarms=messages or (HEALTHY if ranges else UNJUDGED,),
         is_well=not messages,
-        is_judged=is_judged,
+        is_judged=bool(ranges),
     )
 
 

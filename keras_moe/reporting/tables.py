@@ -8,9 +8,10 @@ import keras
 from keras_moe.flops.active_parameters import active_parameters
 from keras_moe.inspection.health import NAMES
 from keras_moe.inspection.mixtures import is_of_keras_3
+from keras_moe.inspection.ranges import SOURCES, Range
 from keras_moe.reporting import page
 from keras_moe.reporting.labels import Labels
-from keras_moe.reporting.summary import MEANINGS, Summary, all_parameters
+from keras_moe.reporting.summary import MEANINGS, State, Summary, all_parameters
 from keras_moe.version import __version__
 
 
@@ -35,11 +36,12 @@ def lead(
 def _verdict(summaries: Sequence[Summary]) -> str:
     count = len(summaries)
     layers = f"{count} mixture layer{'s' * (count > 1)}"
-    ill = [summary for summary in summaries if not summary.is_well]
-    alarms = sum(len(summary.alarms) for summary in ill)
-    if not ill:
-        return f"<p>No alarm in {layers}.</p>"
-    return f"<p>{alarms} alarm{'s' * (alarms > 1)} in {len(ill)} of {layers}.</p>"
+    ill = [[state for state in summary.states if not state.is_well] for summary in summaries]
+    alarms = sum(len(state.alarms) for states in ill for state in states)
+    if alarms:
+        return f"<p>{alarms} alarm{'s' * (alarms > 1)} in {sum(map(bool, ill))} of {layers}.</p>"
+    judged = sum(any(state.is_judged for state in summary.states) for summary in summaries)
+    return f"<p>No alarm in {layers}, of which {judged} could be judged.</p>"
 
 
 def overview(summaries: Sequence[Summary]) -> list[str]:
@@ -57,16 +59,18 @@ def overview(summaries: Sequence[Summary]) -> list[str]:
     ]
     names = _names(summaries)
     numbers = [
-        (page.words(summary.name), *(page.number(summary.numbers.get(name)) for name in names))
+        (page.words(_row_name(summary, state)), *(_cell(state, name) for name in names))
         for summary in summaries
+        for state in summary.states
     ]
     alarms = [
         (
-            f'<a href="#layer-{number}">{page.words(summary.name)}</a>',
-            f'<span class="{_mood(summary)}">{page.words(alarm)}</span>',
+            f'<a href="#layer-{number}">{page.words(_row_name(summary, state))}</a>',
+            f'<span class="{_mood(state)}">{page.words(alarm)}</span>',
         )
         for number, summary in enumerate(summaries)
-        for alarm in summary.alarms
+        for state in summary.states
+        for alarm in state.alarms
     ]
     return [
         _verdict(summaries),
@@ -76,15 +80,38 @@ def overview(summaries: Sequence[Summary]) -> list[str]:
     ]
 
 
-def _mood(summary: Summary) -> str:
-    if not summary.is_judged:
+def _row_name(summary: Summary, state: State) -> str:
+    return f"{summary.name}, {state.place}" if state.place else summary.name
+
+
+def _mood(state: State) -> str:
+    if not state.is_judged:
         return "faint"
-    return "well" if summary.is_well else "ill"
+    return "well" if state.is_well else "ill"
+
+
+def _cell(state: State, name: str) -> str:
+    """A number, in the colour that says whether it is in its healthy range."""
+    value = state.numbers.get(name)
+    shown = page.number(value)
+    if value is None or name not in state.ranges:
+        return shown
+    healthy = state.ranges[name]
+    mood = "well" if value in healthy else "ill"
+    title = f"healthy: {_limits(healthy)}"
+    return f'<span class="{mood}" title="{title}">{shown}</span>'
+
+
+def _limits(healthy: Range) -> str:
+    if healthy.low == healthy.high:
+        return f"{healthy.low:.3g}"
+    return f"at most {healthy.high:.3g}" if healthy.low == 0 else f"at least {healthy.low:.3g}"
 
 
 def _names(summaries: Sequence[Summary]) -> list[str]:
     """The numbers that any layer has."""
-    return [name for name in NAMES if any(name in summary.numbers for summary in summaries)]
+    found = {name for summary in summaries for state in summary.states for name in state.numbers}
+    return [name for name in NAMES if name in found]
 
 
 def heading(number: int, summary: Summary) -> str:
@@ -99,7 +126,11 @@ def glossary(summaries: Sequence[Summary]) -> str:
     """The meaning of the numbers that the layers have."""
     named = [name for name in _names(summaries) if name in MEANINGS]
     terms = "".join(
-        f"<dt>{page.words(name.replace('_', ' '))}</dt><dd>{page.words(MEANINGS[name])}</dd>"
+        f"<dt>{page.words(name.replace('_', ' '))}</dt><dd>{page.words(_meaning(name))}</dd>"
         for name in named
     )
     return f"<h2>What the numbers say</h2><dl>{terms}</dl>"
+
+
+def _meaning(name: str) -> str:
+    return f"{MEANINGS[name]}. Healthy: {SOURCES.get(name, 'any')}."

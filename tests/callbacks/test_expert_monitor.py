@@ -88,7 +88,9 @@ def test_values_when_one_expert_takes_everything():
     assert [message.split(":")[0] for message in messages] == 3 * ["moe, epoch 1"]  # not again
     assert "3 of 4 experts get less than 1 % of their share: [1, 2, 3]. Try" in messages[0]
     assert "The router is all but sure of every token (entropy 0.000 of 1.39 nats)" in messages[1]
-    assert "75 % of the assignments are dropped. Try a larger `capacity_factor`" in messages[2]
+    assert (
+        "75 % of the assignments are dropped, 75 % in the worst batch. Try a larger" in messages[2]
+    )
 
 
 def test_each_epoch_starts_anew():
@@ -102,6 +104,39 @@ def test_each_epoch_starts_anew():
     assert all(value < np.log(4) + 1e-6 for value in history["moe/entropy"])
     layer.reset_running_counts()
     assert layer.running_counts()["decisions"] == 0
+
+
+def test_losses_apart_from_the_tasks():
+    """A mixture whose output is thrown away changes `loss` by `aux_loss` alone."""
+    inputs = keras.Input((6,))
+    x = layers.MoE(4, 8, balance_weight=0.3, name="a")(inputs)
+    x = layers.SwitchFFN(4, 8, balance_weight=0.2, name="b")(x)
+    model = keras.Model(inputs, keras.layers.Dense(1)(0.0 * x + inputs))
+    model.compile("sgd", "mse", metrics=["mse"])
+    x = np.random.default_rng(0).normal(size=(24, 6)).astype("float32")
+    monitor = callbacks.ExpertMonitor(metrics=["aux_loss"])
+    model.evaluate(x, x, verbose=0)  # compiles a program that does not count
+    data = {"batch_size": 8, "verbose": 0, "callbacks": [monitor]}
+    history = model.fit(x, x, validation_data=(x, x), epochs=2, **data).history
+    for epoch in range(2):
+        task = history["val_loss"][epoch] - history["val_aux_loss"][epoch]
+        assert task == pytest.approx(history["val_mse"][epoch], abs=1e-3)
+        assert history["val_aux_loss"][epoch] > 0.45
+        aux = history["aux_loss"][epoch]
+        assert aux > 0.45
+        assert aux == pytest.approx(history["a/aux_loss"][epoch] + history["b/aux_loss"][epoch])
+        assert history["loss"][epoch] - aux == pytest.approx(history["mse"][epoch], abs=1e-3)
+    counts = model.get_layer("a").running_counts()
+    assert counts["decisions"] == 48  # of training alone
+    for watched in (True, False):
+        logs = model.evaluate(
+            x, x, verbose=0, return_dict=True, callbacks=[monitor] if watched else []
+        )
+        task = logs["loss"] - monitor.evaluated_aux_loss
+        assert task == pytest.approx(logs["mse"], abs=1e-3)
+        assert model.get_layer("a").running_counts()["decisions"] == 48
+    soft = fit(layers.SoftMoE(4, 8))
+    assert "aux_loss" not in soft  # it has none
 
 
 @of_python
@@ -167,7 +202,7 @@ def test_running_sums_are_exact_past_float32(total):
     layer = Counter()
     layer.build(())
     steps, left = divmod(total, 2**22)
-    layer.sums._limbs.assign(
+    layer.sums.limbs.assign(
         np.array([[steps * 4 - 4] * 2, [0, 0]], "float32")
     )  # as if counted before: high limbs are of 2^20
     layer.sums.add(np.array([2.0**22, 2.0**22]))
@@ -184,13 +219,16 @@ def counted(load, decisions=100.0, entropy=100.0, **more):
 
 
 def kinds(counts, layer=None):
+    layer = layer or layers.MoE(len(counts["load"]), 8, top_k=1)
     return [alarm.kind for alarm in find_alarms(layer, counts)]
 
 
 @of_python
 def test_alarms_by_hand():
     assert kinds(counted([25, 25, 25, 25])) == []
-    assert kinds(counted([70, 20, 6, 4])) == []
+    assert kinds(counted([60, 20, 12, 8])) == []
+    assert kinds(counted([70, 20, 6, 4])) == ["collapse"]  # a spread of 1.07 of the mean
+    assert kinds(counted([32, 33, 33, 2])) == ["starved"]
     assert kinds(counted([94, 2, 2, 2])) == ["collapse"]
     assert kinds(counted([50, 49.9, 0.1, 0])) == ["dead"]
     assert kinds(counted([25, 25, 25, 25], entropy=0.5)) == ["saturation"]

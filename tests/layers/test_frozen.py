@@ -18,7 +18,8 @@ MIXTURES = {
     "Keras layers": lambda **k: layers.MoE(3, experts=Late(), **k),
 }
 # What a layer counts goes on, and so does its noise.
-GOES_ON = {"load", "totals", "importance", "entropy", "decisions", "seed_generator_state"}
+GOES_ON = {"load", "totals", "batches", "worst", "importance", "entropy", "decisions"}
+GOES_ON |= {"seed_generator_state"}
 
 
 @keras.saving.register_keras_serializable(package="keras_moe_tests")
