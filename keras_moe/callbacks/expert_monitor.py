@@ -8,10 +8,16 @@ from pathlib import Path
 import keras
 import numpy as np
 
-from keras_moe.callbacks.writers import CsvWriter, JsonWriter, TensorBoardWriter, Writer
+from keras_moe.callbacks.writers import (
+    CsvWriter,
+    JsonWriter,
+    TensorBoardWriter,
+    Writer,
+    needed_of_tensorboard,
+)
 from keras_moe.core import checks
 from keras_moe.core.types import Config, Logs
-from keras_moe.inspection.alarms import ExpertAlarm, alarms
+from keras_moe.inspection.alarms import Alarm, ExpertAlarm, alarms
 from keras_moe.inspection.health import BY_DEFAULT, NAMES, Counts, difference, have_dropped
 from keras_moe.inspection.layer_numbers import has_losses, layer_numbers
 from keras_moe.inspection.mixtures import is_of_keras_3, named_layers, sync_state
@@ -71,7 +77,9 @@ class ExpertMonitor(keras.callbacks.Callback):
             whole model. Defaults to `10`.
         metrics: Names of what is shown, or `"all"`. Defaults to `None`, for the first three.
         alarms: Whether to warn. Defaults to `True`.
-        csv: Optional path of a file with a line per epoch and a column per number. Defaults to
+        csv: Optional path of a file with a line per epoch and a column per number. A `fit` whose
+            `initial_epoch` is above 0 keeps the lines of the epochs before; another one starts the
+            file anew. What cannot be written is warned of, and training goes on. Defaults to
             `None`.
         json: Optional path of a file with a JSON object per line and epoch, which holds all that
             was counted, per expert, too. Defaults to `None`.
@@ -80,7 +88,7 @@ class ExpertMonitor(keras.callbacks.Callback):
 
     Raises:
         ValueError: on an unknown metric.
-        ImportError: in `fit`, with a `log_dir` and no tensorboard.
+        ImportError: with a `log_dir` and no tensorboard.
 
     Example:
 
@@ -115,10 +123,14 @@ class ExpertMonitor(keras.callbacks.Callback):
         self.metrics = _metric_names(metrics)
         self.alarms = bool(alarms)
         self.csv, self.json, self.log_dir = csv, json, log_dir
+        if log_dir is not None:
+            needed_of_tensorboard()("tensorboard.compat.proto.event_pb2")
         self.evaluated_aux_loss: float | None = None
+        self.found_alarms: list[tuple[str, Alarm]] = []
         self._before: dict[int, Counts] = {}
         self._latest: dict[str, float] = {}
         self._raised: set[tuple[str, str]] = set()
+        self._batches, self._is_first, self._written = 0, True, -1
         self._writers: list[Writer] = []
         self._trains = self._is_compiled = False
         self._programs = ExitStack()  # of evaluation, in a `fit` or outside
@@ -127,11 +139,24 @@ class ExpertMonitor(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: Logs | None = None) -> None:
         self._end_evaluation()  # of one that failed
+        if self._is_first and self._trains:
+            _warn("The same monitor is given twice. Training goes on with one.")
         self._trains = True
         self._raised = set()
-        paths = ((self.csv, CsvWriter), (self.json, JsonWriter), (self.log_dir, TensorBoardWriter))
-        self._writers = [make(Path(path)) for path, make in paths if path is not None]
+        self._before, self._batches, self._is_first, self._written = {}, 0, True, -1
         self._check_accumulation()
+
+    def _open_writers(self, first: int) -> None:
+        """Opens the files, which a training that goes on adds to."""
+        paths = ((self.csv, CsvWriter), (self.json, JsonWriter), (self.log_dir, TensorBoardWriter))
+        self._writers = []
+        for path, make in paths:
+            if path is None:
+                continue
+            try:
+                self._writers.append(make(Path(path), first))
+            except (OSError, ValueError, KeyError) as error:
+                _warn_of(path, error)
 
     def _check_accumulation(self) -> None:
         """Warns of routers that change at other steps than the optimizer does."""
@@ -149,13 +174,18 @@ class ExpertMonitor(keras.callbacks.Callback):
                 )
 
     def on_epoch_begin(self, epoch: int, logs: Logs | None = None) -> None:
+        if self._is_first:
+            self._open_writers(epoch)
+            self._is_first = False
         for _, layer in named_layers(self.model):
             getattr(layer, "reset_worst_batch", lambda: None)()
         self._before = {id(layer): counts for _, layer, counts in self._read()}
-        self._latest = {}
+        self._latest, self._batches = {}, 0
 
     def on_train_batch_end(self, batch: int, logs: Logs | None = None) -> None:
-        if (batch + 1) % self.every == 0:
+        # Keras calls once for several batches where `steps_per_execution` is above 1.
+        looked, self._batches = self._batches // self.every, batch + 1
+        if self._batches // self.every > looked:
             self._latest = self._logs(self._new())
         if logs is not None:
             logs.update(self._latest)
@@ -167,23 +197,38 @@ class ExpertMonitor(keras.callbacks.Callback):
             self._latest["val_aux_loss"] = self.evaluated_aux_loss  # Keras copied the logs since
         if logs is not None:
             logs.update(self._latest)
+        if self._written != epoch:  # a monitor that is given twice writes once
+            self._written = epoch
+            self._write(epoch, new)
+        self.found_alarms = [
+            (name, alarm) for name, layer, counts in new for alarm in alarms(layer, counts)
+        ]
+        if self.alarms:
+            self._warn(epoch)
+
+    def _write(self, epoch: int, new: Sequence[tuple[str, keras.layers.Layer, Counts]]) -> None:
         if self._writers:
             details = {
                 name: {key: np.asarray(value).tolist() for key, value in counts.items()}
                 for name, _, counts in new
             }
-            for writer in self._writers:
-                writer.write(epoch, self._scalars(new, NAMES), details)
-        if self.alarms:
-            for name, layer, counts in new:
-                self._warn(name, layer, counts, epoch)
+            for writer in list(self._writers):
+                try:
+                    writer.write(epoch, self._scalars(new, NAMES), details)
+                except OSError as error:
+                    self._writers.remove(writer)
+                    _warn_of(type(writer).__name__, error)
 
     def on_test_begin(self, logs: Logs | None = None) -> None:
         self._evaluation.close()  # of one that failed
         if not is_of_keras_3(self.model):
             return
         sync_state(self.model)
-        named = [(name, layer) for name, layer in named_layers(self.model) if has_losses(layer)]
+        named = [
+            (name, layer)
+            for name, layer in named_layers(self.model)
+            if has_losses(layer) and not layer.counts_always  # by another monitor
+        ]
         if not named:
             return
         if not self._is_compiled:
@@ -228,8 +273,8 @@ class ExpertMonitor(keras.callbacks.Callback):
     def _implements_predict_batch_hooks(self) -> bool:
         return False
 
-    def _warn(self, name: str, layer: keras.layers.Layer, counts: Counts, epoch: int) -> None:
-        for kind, message in alarms(layer, counts):
+    def _warn(self, epoch: int) -> None:
+        for name, (kind, message) in self.found_alarms:
             if (name, kind) not in self._raised:
                 self._raised.add((name, kind))
                 _warn(f"{name}, epoch {epoch + 1}: {message}")
@@ -265,7 +310,11 @@ class ExpertMonitor(keras.callbacks.Callback):
 
     def _read(self) -> list[tuple[str, keras.layers.Layer, Counts]]:
         sync_state(self.model)
-        return [(name, layer, layer.running_counts()) for name, layer in named_layers(self.model)]
+        return [
+            (name, layer, layer.running_counts())
+            for name, layer in named_layers(self.model)
+            if layer.counts_in_training
+        ]
 
     def get_config(self) -> Config:
         paths = {"csv": self.csv, "json": self.json, "log_dir": self.log_dir}
@@ -280,6 +329,11 @@ class ExpertMonitor(keras.callbacks.Callback):
 def _warn(message: str) -> None:
     """Warns without a line of source, which would be one of this file or of Keras."""
     warnings.warn_explicit(message, ExpertAlarm, "ExpertMonitor", 0)
+
+
+def _warn_of(file: object, error: Exception) -> None:
+    """Warns of a file that is not written; training goes on without it."""
+    _warn(f"`{file}` is not written: {type(error).__name__}: {error}. Training goes on.")
 
 
 def _metric_names(metrics: str | Sequence[str] | None) -> tuple[str, ...]:

@@ -244,7 +244,7 @@ class MMoE(FreezesParts, RematerializesExperts, NamesSizes):
         expert_outputs = self._call_experts(partial(self.experts, training=training), shared)
         gate_inputs = tokens if self.gate_hidden is None else self.gate_hidden(shared)
         routing = self.gates(gate_inputs, training=training)
-        if training or self.counts_always:
+        if self._is_counted(training):
             self._count(routing, token_mask)
         # The sum over experts is taken in float32 at least, (n, t, e) @ (n, e, out).
         wide = keras.backend.result_type(self.compute_dtype, "float32")

@@ -332,7 +332,7 @@ class MoE(AddsRouterLosses, ExpertFeedForward):
         outputs, kept = self._run_experts(tokens, routing, axes, training)
         asked = kept if self.router.chooses_tokens else routing.asked
         routing = routing._replace(kept=kept, asked=asked)
-        if training or self.counts_always:
+        if self._is_counted(training):
             self._counts.add(decision, routing, aux_loss)
 
         if self.shared_experts is not None:

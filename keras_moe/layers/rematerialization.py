@@ -21,7 +21,12 @@ class RematerializesExperts(keras.layers.Layer):
     experts: Any
     _recomputes_experts = False
     recorder: Callable[[Any], None] | None = None  # gets every record: `keras_moe.record_routing`
+    counts_in_training = True  # a switch, to be set before `fit` compiles
     counts_always = False  # in inference too
+
+    def _is_counted(self, training: bool | None) -> bool:
+        """Whether a call is counted."""
+        return bool(training and self.counts_in_training) or self.counts_always
 
     def rematerialized_call(
         self, layer_call: Callable[..., Any], *args: Any, **kwargs: Any

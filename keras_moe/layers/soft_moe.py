@@ -210,7 +210,7 @@ class SoftMoE(ExpertFeedForward):
         combine = ops.reshape(combine, (batch, sets, readers, num_slots))
         outputs = ops.reshape(ops.matmul(combine, outputs), (batch, count, outputs.shape[-1]))
         outputs = ops.cast(zero_where_padded(outputs, token_mask), self.compute_dtype)
-        if training or self.counts_always:
+        if self._is_counted(training):
             self._counts.add(routing, token_mask, self.router.visible(count, token_mask))
         if self.recorder is not None:
             self.recorder(routing)

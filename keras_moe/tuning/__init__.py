@@ -8,6 +8,7 @@ from keras_moe.tuning.check_project import check_project
 from keras_moe.tuning.mmoe_space import mmoe_space
 from keras_moe.tuning.moe_space import moe_space
 from keras_moe.tuning.soft_moe_space import soft_moe_space
+from keras_moe.tuning.watch_trials import watch_trials
 
 if TYPE_CHECKING:
     from keras_moe.tuning.hyper_mmoe_recommender import HyperMMoERecommender
@@ -21,6 +22,7 @@ __all__ = [
     "mmoe_space",
     "moe_space",
     "soft_moe_space",
+    "watch_trials",
 ]
 
 # Their base class is keras-tuner's, which is optional.

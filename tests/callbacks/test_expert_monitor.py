@@ -299,7 +299,7 @@ def test_tensorboard_is_written_without_tensorflow(tmp_path):
         pytest.skip("TensorFlow is the backend")
     code = (
         "import sys; from pathlib import Path; from keras_moe.callbacks.writers import *;"
-        f"writer = TensorBoardWriter(Path({str(tmp_path)!r}));"
+        f"writer = TensorBoardWriter(Path({str(tmp_path)!r}), 0);"
         "writer.write(0, {'a': 1.0}, {}); writer.close();"
         "assert 'tensorflow' not in sys.modules"
     )

@@ -61,7 +61,7 @@ def test_what_an_installed_package_fails_with_is_said(package):
 USERS = {
     "matplotlib": lambda path: plots.load_over_time(path / "history.jsonl"),
     "keras_tuner": lambda path: tuning.ActiveCost("loss", "min").objective,
-    "tensorboard": lambda path: callbacks.ExpertMonitor(log_dir=path).on_train_begin(),
+    "tensorboard": lambda path: callbacks.ExpertMonitor(log_dir=path),
 }
 
 
