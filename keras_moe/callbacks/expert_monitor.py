@@ -23,13 +23,16 @@ from keras_moe.inspection.layer_numbers import has_losses, layer_numbers
 from keras_moe.inspection.mixtures import is_of_keras_3, named_layers, sync_state
 from keras_moe.inspection.recording import counting_apart, evaluating_anew
 
+# What the progress bar shows, of the worst layer; of names in one pair, the larger number.
+_IN_BAR = (("load_cv", "importance_cv"), ("dropped",))
+
 
 @keras.saving.register_keras_serializable(package="keras_moe")
 class ExpertMonitor(keras.callbacks.Callback):
     """Shows the health of each mixture layer in `fit`, and warns where experts are dead.
 
     For each layer that counts (`MoE`, `SwitchFFN`, `SoftMoE`, `MMoE`, at any depth of the model),
-    over the epoch so far, padding excluded. By default in the progress bar and in `history`:
+    over the epoch so far, padding excluded. By default in `history`:
 
     - `{layer}/load_cv`: standard deviation of the experts' load, assignments before drops, over its
       mean. 0 is perfect balance, sqrt(E - 1) one expert taking everything. Where all experts take
@@ -44,6 +47,11 @@ class ExpertMonitor(keras.callbacks.Callback):
       mean over batches, where layers have such losses. `loss - aux_loss` is the task's own. Beside
       `val_loss` there is `val_aux_loss`. The bar of `evaluate(callbacks=[monitor])` shows it too,
       and `monitor.evaluated_aux_loss` is that of the last evaluation, which Keras does not return.
+
+    The progress bar shows the first two of the layer where they are worst, which is named, and
+    `aux_loss`. A layer may take another's place from epoch to epoch, so name in `metrics` what
+    another callback is to read, such as `EarlyStopping`: then the bar and the logs of each epoch
+    have it for every layer.
 
     On request, in `metrics`, and always in files:
 
@@ -75,7 +83,8 @@ class ExpertMonitor(keras.callbacks.Callback):
         every: Positive integer, the batches between two reads of the counts, which are also read
             at the end of an epoch. Reading waits for the device, and on JAX copies the state of the
             whole model. Defaults to `10`.
-        metrics: Names of what is shown, or `"all"`. Defaults to `None`, for the first three.
+        metrics: Names of what is shown of each layer; or `"all"`, to have all in the history and
+            the same bar. Defaults to `None`, for the first three in the history.
         alarms: Whether to warn. Defaults to `True`.
         csv: Optional path of a file with a line per epoch and a column per number. A `fit` whose
             `initial_epoch` is above 0 keeps the lines of the epochs before; another one starts the
@@ -121,6 +130,8 @@ class ExpertMonitor(keras.callbacks.Callback):
         super().__init__()
         self.every = checks.positive_int("every", every)
         self.metrics = _metric_names(metrics)
+        self._metrics = metrics
+        self._names_are_given = metrics is not None and metrics != "all"
         self.alarms = bool(alarms)
         self.csv, self.json, self.log_dir = csv, json, log_dir
         if log_dir is not None:
@@ -129,6 +140,8 @@ class ExpertMonitor(keras.callbacks.Callback):
         self.found_alarms: list[tuple[str, Alarm]] = []
         self._before: dict[int, Counts] = {}
         self._latest: dict[str, float] = {}
+        self._shown: list[str] = []
+        self._rows: list[dict[str, float]] = []
         self._raised: set[tuple[str, str]] = set()
         self._batches, self._is_first, self._written = 0, True, -1
         self._writers: list[Writer] = []
@@ -142,7 +155,7 @@ class ExpertMonitor(keras.callbacks.Callback):
         if self._is_first and self._trains:
             _warn("The same monitor is given twice. Training goes on with one.")
         self._trains = True
-        self._raised = set()
+        self._raised, self._rows = set(), []
         self._before, self._batches, self._is_first, self._written = {}, 0, True, -1
         self._check_accumulation()
 
@@ -180,7 +193,7 @@ class ExpertMonitor(keras.callbacks.Callback):
         for _, layer in named_layers(self.model):
             getattr(layer, "reset_worst_batch", lambda: None)()
         self._before = {id(layer): counts for _, layer, counts in self._read()}
-        self._latest, self._batches = {}, 0
+        self._latest, self._shown, self._batches = {}, [], 0
 
     def on_train_batch_end(self, batch: int, logs: Logs | None = None) -> None:
         # Keras calls once for several batches where `steps_per_execution` is above 1.
@@ -199,6 +212,7 @@ class ExpertMonitor(keras.callbacks.Callback):
             logs.update(self._latest)
         if self._written != epoch:  # a monitor that is given twice writes once
             self._written = epoch
+            self._rows.append(self._scalars(new, self.metrics))
             self._write(epoch, new)
         self.found_alarms = [
             (name, alarm) for name, layer, counts in new for alarm in alarms(layer, counts)
@@ -257,10 +271,19 @@ class ExpertMonitor(keras.callbacks.Callback):
 
     def on_train_end(self, logs: Logs | None = None) -> None:
         self._trains = False
+        self._complete_history()
         self._end_evaluation()
         for writer in self._writers:
             writer.close()
         self._writers = []
+
+    def _complete_history(self) -> None:
+        """Adds to the history what the bar did not show; Keras makes it after the first epoch."""
+        history = getattr(getattr(self.model, "history", None), "history", {})
+        if not self._rows or len(history.get("loss", ())) != len(self._rows):
+            return
+        for name in dict.fromkeys(name for row in self._rows for name in row):
+            history[name] = [row.get(name, float("nan")) for row in self._rows]
 
     # What the `fit` of Keras 2 asks of a callback: there it watches what is in a `KerasBridge`.
 
@@ -292,11 +315,16 @@ class ExpertMonitor(keras.callbacks.Callback):
         ]
 
     def _logs(self, new: Sequence[tuple[str, keras.layers.Layer, Counts]]) -> dict[str, float]:
-        """What is asked for, and the losses of all layers in one sum."""
+        """What is shown, and the losses of all layers in one sum."""
         losing = [each for each in new if has_losses(each[1])]
         losses = self._scalars(losing, ["aux_loss"]).values()
         total = {"aux_loss": sum(losses)} if losing else {}
-        return self._scalars(new, self.metrics) | total
+        if self._names_are_given:
+            return self._scalars(new, self.metrics) | total
+        scalars = self._scalars(new, [name for names in _IN_BAR for name in names])
+        if not self._shown:
+            self._shown = _worst(scalars)
+        return {name: scalars[name] for name in self._shown if name in scalars} | total
 
     @staticmethod
     def _scalars(
@@ -320,10 +348,19 @@ class ExpertMonitor(keras.callbacks.Callback):
         paths = {"csv": self.csv, "json": self.json, "log_dir": self.log_dir}
         return {
             "every": self.every,
-            "metrics": list(self.metrics),
+            "metrics": list(self.metrics) if self._names_are_given else self._metrics,
             "alarms": self.alarms,
             **{name: None if path is None else str(path) for name, path in paths.items()},
         }
+
+
+def _worst(scalars: dict[str, float]) -> list[str]:
+    """The names of the largest number of each kind, which name its layer."""
+    kinds = (
+        [name for name in scalars if name.endswith(tuple(f"/{kind}" for kind in kinds))]
+        for kinds in _IN_BAR
+    )
+    return [max(names, key=scalars.__getitem__) for names in kinds if names]
 
 
 def _warn(message: str) -> None:

@@ -101,14 +101,17 @@ def _uneven(
             "few", f"The gates use {used:.2f} of {num_experts} experts, the mean of tasks. {try_}"
         )
     elif "starved" in out:
-        least = shares_of(amounts).max(axis=0)
-        share = min(values["least_share"], values.get("combine_min", 1.0))
-        yield Alarm(
-            "starved",
-            f"Expert {least.argmin()} gets {100 * share:.0f} % of its fair share. {try_}",
-        )
+        yield Alarm("starved", f"{_starved(amounts, values)} {try_}")
     elif "imbalance" in out:
         yield Alarm("imbalance", f"{_by_batch(values)} {try_}")
+
+
+def _starved(amounts: Array, values: dict[str, float]) -> str:
+    share, of_slot = values["least_share"], values.get("combine_min", np.inf)
+    if of_slot < share:
+        return f"A slot gets {100 * of_slot:.0f} % of the mean slot's weight."
+    expert = shares_of(amounts).max(axis=0).argmin()
+    return f"Expert {expert} gets {100 * share:.0f} % of its fair share."
 
 
 def _by_batch(values: dict[str, float]) -> str:

@@ -8,6 +8,7 @@ import pytest
 
 import keras_moe
 from keras_moe import callbacks, layers, routers
+from keras_moe.inspection.alarms import alarms
 
 pytestmark = pytest.mark.one_backend("alarms are of NumPy arrays")
 
@@ -135,9 +136,13 @@ def test_training_provokes_it(kind, tmp_path):
 
 def test_an_imbalance_that_moves_is_seen_in_a_batch_only():
     keras.utils.set_random_seed(0)
-    _, _, history = fit(moe(4), classes(*EVEN, in_order=True))
+    _, model, history = fit(moe(4), classes(*EVEN, in_order=True))
     assert max(history["mixture/load_cv"]) < 0.05
     assert min(history["mixture/batch_cv"]) > 1.7
+    x, watch = classes(*EVEN), callbacks.ExpertMonitor(metrics="all", alarms=False)
+    after = model.fit(x, x[:, :2], batch_size=64, verbose=0, callbacks=[watch]).history
+    assert after["mixture/worst_batch_cv"][0] < 0.6  # of this epoch alone
+    assert after["mixture/batch_cv"][0] < after["mixture/worst_batch_cv"][0]
 
 
 HEALTHY = {
@@ -176,6 +181,15 @@ def test_advice_is_possible_and_sees_the_settings():
     biased = advice(layers.MoE(4, 8, top_k=1, router="sigmoid_bias"))
     assert "`bias_update_rate` above 0.001" in biased
     assert "router='sigmoid_bias'" not in biased
+
+
+def test_a_starved_slot_is_told_from_a_starved_expert():
+    slots = np.array([[50.0, 1.0], [60.0, 40.0]])
+    counts = {"importance": slots.sum(axis=-1), "slot_importance": slots, "decisions": 151.0}
+    counts |= {"entropy": 60.0, "sequences": 10.0, "dispatch_min": 5.0, "dispatch_max": 20.0}
+    (alarm,) = alarms(layers.SoftMoE(2, 8, slots_per_expert=2), counts)
+    assert alarm.kind == "starved"
+    assert alarm.message == "A slot gets 3 % of the mean slot's weight. Try fewer experts."
 
 
 def test_the_text_has_no_line_of_source():

@@ -58,8 +58,31 @@ def test_scalars_in_history():
 def test_scalars_are_in_the_progress_bar(capsys):
     fit(layers.SwitchFFN(4, 8, name="switch"), verbose=1, epochs=1)
     shown = capsys.readouterr().out
-    for key in ("switch/load_cv", "switch/dropped", "switch/entropy"):
+    for key in ("switch/load_cv", "switch/dropped", "aux_loss"):
         assert key in shown
+    assert "entropy" not in shown
+
+
+@pytest.mark.parametrize("metrics", [None, "all"])
+def test_the_bar_names_the_worst_layer_and_the_history_has_all(capsys, metrics):
+    kernel = keras.initializers.Constant(np.eye(6, 4) * 50.0)
+    uneven = layers.MoE(
+        4, 8, router=routers.TopKRouter(4, 1, kernel_initializer=kernel), name="uneven"
+    )
+    even = [layers.MoE(4, 8, top_k=4, name=f"even_{index}") for index in range(5)]
+    x = np.random.default_rng(0).normal(size=(24, 6)).astype("float32")
+    monitor = callbacks.ExpertMonitor(metrics=metrics, alarms=False)
+    history = fit(*even[:2], uneven, *even[2:], x=x, monitor=monitor, verbose=2)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "loss:" in line]
+    assert len(lines) == 2
+    for line in lines:
+        assert "uneven/load_cv" in line and "even_" not in line
+        assert len(line) < 120
+    names = ("load_cv", "entropy") if metrics is None else ("load_cv", "worst_batch_cv")
+    for layer in (uneven, *even):
+        for name in names:
+            assert len(history[f"{layer.name}/{name}"]) == 2
+    assert history["even_3/load_cv"] == [0.0, 0.0]
 
 
 def test_values_when_one_expert_takes_everything():

@@ -20,8 +20,8 @@ AXES = {
     7: "P",
     4: "T",
     23: "g",
-    3: "k",
-    9: "k log2 E",
+    6: "k",
+    18: "k log2 E",
     19: "V",
 }
 
@@ -43,7 +43,7 @@ LAYERS = {
     "ExpertMLP": lambda: layers.ExpertMLP(E, [H, OUT]),
     **{name: moe_with(name) for name in ("switch", "dense", "uniform")},
     **{
-        name: moe_with(name, top_k=3)
+        name: moe_with(name, top_k=6)
         for name in (
             "top_k",
             "noisy_top_k",
@@ -62,7 +62,7 @@ LAYERS = {
         E, H, router=routers.TopKRouter(E, use_bias=True)
     ),
     "DSelectKRouter(use_bias=True)": lambda: layers.MoE(
-        E, H, router=routers.DSelectKRouter(E, 3, use_bias=True)
+        E, H, router=routers.DSelectKRouter(E, 6, use_bias=True)
     ),
     "TokenHashRouter": lambda: layers.MoE(
         E, H, router=routers.TokenHashRouter(E, vocabulary_size=19)
