@@ -51,9 +51,16 @@ def train(model, batches):
 
 
 def state_of(model):
-    """Everything that is saved: weights, counts, seeds, and the optimizer's moments."""
+    """Everything that is saved: weights, counts, seeds, and the optimizer's moments.
+
+    What is counted by batch is not.
+    """
     variables = [*model.variables, *model.optimizer.variables]
-    return {f"{i} {v.path}": ops.convert_to_numpy(v).copy() for i, v in enumerate(variables)}
+    return {
+        f"{i} {v.path}": ops.convert_to_numpy(v).copy()
+        for i, v in enumerate(variables)
+        if not v.path.endswith(("/batches", "/worst"))
+    }
 
 
 # A seed, state that follows the load, drawn tables: the other routers have what these have.
