@@ -15,7 +15,7 @@ from jax._src.lib import triton  # where JAX keeps the dialect, which it compile
 from jax.interpreters import mlir
 from jaxlib.mlir import ir
 
-from keras_moe.dispatch import backend, native
+from keras_moe.dispatch import backend, choose, native
 from keras_moe.dispatch.backend import jax_gpu
 from keras_moe.layers import MoE
 
@@ -119,9 +119,12 @@ def on_a_gpu(monkeypatch):
 
     monkeypatch.setattr(jax_gpu, "tiling", interpreted)
     monkeypatch.setattr(backend.current, "_has_tensor_cores", lambda: True)
-    native._problem.cache_clear()
+    caches = (native._problem, choose._costs)  # what is decided once and kept
+    for cache in caches:
+        cache.cache_clear()
     yield
-    native._problem.cache_clear()
+    for cache in caches:
+        cache.cache_clear()
 
 
 def test_a_layer_takes_it_and_its_values_are_those_of_a_walk(on_a_gpu):
