@@ -43,7 +43,8 @@ SOURCES = {
     "dropped": "at most 0.1; ST-MoE (Zoph et al. 2022) fine-tunes as well with 10 to 15 % dropped",
     "worst_dropped": "at most 0.5 in any batch; a rule of thumb",
     "entropy": "at least 2 % of log(E), a rule of thumb; for soft slots, see effective experts",
-    "max_violation": "at most 2; 0.5 to 0.7 with a balance loss in Wang et al. 2024, table 2",
+    "max_violation": "at most 2; 0.5 to 0.7 with a balance loss in Wang et al. 2024, table 2; "
+    "of gates, below 0.9 of their weight on one expert",
     "dead_experts": "0",
     "effective_experts": "for soft slots at most 99.9 % of E: above it weights differ by less than "
     "5 %, and every slot is the mean token",

@@ -19,7 +19,7 @@ UNJUDGED = "Too few tokens to judge: chance alone leaves experts out."
 MEANINGS = {
     "load_cv": "spread of the experts' load over its mean; 0 is perfect balance, sqrt(E - 1) one "
     "expert for all",
-    "importance_cv": "the same of the experts' combine or gate weights",
+    "importance_cv": "spread of the experts' combine or gate weights over its mean",
     "dropped": "share of the assignments that found no room",
     "entropy": "of the router in nats; 0 is sure, log(E) undecided",
     "max_violation": "how much more than the mean the most loaded expert has, in means",
@@ -27,7 +27,8 @@ MEANINGS = {
     "dead_experts": "experts with less than 1 % of their share",
     "effective_experts": "exp(entropy): between how many experts the router wavers",
     "confidence": "mean of the router's largest probability",
-    "least_share": "what the expert with the least gets, over its fair share",
+    "least_share": "what the expert with the least gets, over its fair share; of several tasks, "
+    "from the one that takes most of it",
     "batch_cv": "spread of the load over its mean within a batch, the mean over batches",
     "worst_batch_cv": "the same of the worst batch",
     "worst_dropped": "share dropped in the worst batch",
