@@ -83,21 +83,16 @@ def test_index_shows_pictures_and_links_once_there_is_an_address():
 
 
 def test_import_is_quick():
-    """Beyond `import keras`, under 0.15 s: one of five, since machines are noisy."""
+    """A tenth of what Keras takes, in processor time, which a busy machine does not change."""
     script = (
-        "import keras, time; start = time.perf_counter(); import keras_moe;"
-        "print(time.perf_counter() - start)"
+        "from time import process_time as now; start = now(); import keras; middle = now();"
+        "import keras_moe; print((now() - middle) / (middle - start))"
     )
-    seconds = []
-    for _ in range(5):
-        process = subprocess.run(
-            [sys.executable, "-c", script],
-            env={**os.environ, "KERAS_BACKEND": "jax"},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        seconds.append(float(process.stdout))
-        if seconds[-1] < 0.15:
-            break
-    assert min(seconds) < 0.15, seconds
+    process = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "KERAS_BACKEND": "jax"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert float(process.stdout) < 0.1
