@@ -145,6 +145,19 @@ def test_an_imbalance_that_moves_is_seen_in_a_batch_only():
     assert after["mixture/batch_cv"][0] < after["mixture/worst_batch_cv"][0]
 
 
+def test_one_uneven_batch_among_many_is_no_alarm():
+    """The first batch of a training often is."""
+    layer = layers.MoE(8, 8, name="mixture")
+    rng = np.random.default_rng(0)
+    layer(np.ones((64, 6), "float32"), training=True)  # equal tokens: all want the same two
+    for _ in range(30):
+        layer(rng.normal(size=(64, 6)).astype("float32"), training=True)
+    counts = layer.running_counts()
+    assert counts["worst_batch_cv"] == pytest.approx(3**0.5, abs=1e-3)  # of two of eight experts
+    assert counts["batch_cv"] / counts["batches"] < 0.8
+    assert list(alarms(layer, counts)) == []
+
+
 HEALTHY = {
     "moe": lambda: layers.MoE(4, 8, name="mixture"),
     "switch": lambda: layers.SwitchFFN(4, 8, capacity_factor=2.0, name="mixture"),
