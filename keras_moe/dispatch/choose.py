@@ -152,7 +152,7 @@ def _choose(asked: Dispatcher | None, experts: ExpertBank, sizes: Sizes) -> Disp
     if dispatcher is None and sizes.slots is not None:
         dispatcher = DISPATCHERS[_best_at_capacity(experts, is_bank, sizes)]()
     elif dispatcher is None:
-        count = sizes.tokens if isinstance(sizes.tokens, int) else _MANY
+        count = sizes.tokens if isinstance(sizes.tokens, int) else None
         costs = _costs(
             count, experts.num_experts, sizes.top_k, sizes.training, is_bank, sizes.dtype
         )
@@ -195,16 +195,16 @@ def _best_at_capacity(experts: ExpertBank, is_bank: bool, sizes: Sizes) -> str:
 
 @functools.lru_cache(maxsize=1024)  # every eager call asks
 def _costs(
-    tokens: int, num_experts: int, top_k: int, training: bool, is_bank: bool, dtype: str
+    tokens: int | None, num_experts: int, top_k: int, training: bool, is_bank: bool, dtype: str
 ) -> dict[str, float]:
     """Predicted cost of dropless dispatchers, in rows of the experts; see `dropless_costs`."""
     return dropless_costs(
-        max(tokens, 1),
+        _MANY if tokens is None else max(tokens, 1),
         num_experts,
         top_k,
         training=training,
         is_bank=is_bank,
-        grouped=is_bank and native.is_good(dtype),
+        grouped=is_bank and native.is_good(dtype, is_known=tokens is not None),
     )
 
 

@@ -52,13 +52,17 @@ def check(dtype: str) -> None:
         )
 
 
-def is_good(dtype: str) -> bool:
+def is_good(dtype: str, is_known: bool = True) -> bool:
     """Whether this kind of device has a native grouped matmul worth using, and it is right.
 
     By kind, never by a time: two processes of one program must not choose differently.
+
+    Args:
+        dtype: of the rows.
+        is_known: whether their number is.
     """
     module = _module()
-    if module is None or not module.may_have_grouped_matmul():
+    if module is None or not module.may_have_grouped_matmul(is_known):
         return False
     return _problem(keras.backend.backend(), dtype) is None
 

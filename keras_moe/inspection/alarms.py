@@ -12,6 +12,11 @@ from keras_moe.inspection.health import Counts, amounts_of, dead_experts, health
 from keras_moe.inspection.layer_numbers import has_capacity, task_names
 from keras_moe.inspection.ranges import polarised_tasks, ranges_of
 
+KINDS = (
+    *("dead", "collapse", "few", "starved", "imbalance"),
+    *("saturation", "drops", "uniform", "polarisation"),
+)
+
 
 class ExpertAlarm(UserWarning):
     """Warning about a mixture whose experts are in trouble, with what to try."""
@@ -21,8 +26,7 @@ class Alarm(NamedTuple):
     """One problem of a layer.
 
     Attributes:
-        kind: "dead", "collapse", "few", "starved", "imbalance", "saturation", "drops", "uniform" or
-            "polarisation".
+        kind: one of `KINDS`.
         message: what was seen and what to try.
     """
 

@@ -1,5 +1,6 @@
 """Counters of layers, exact over a whole epoch: weights without gradients."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -104,11 +105,14 @@ class BatchCounts:
         """The weights that files leave out."""
         return self._sums.limbs, self._worst
 
-    def add(self, load: Tensor, assignments: Tensor, dropped: Tensor, aux_loss: Tensor) -> None:
+    def add(
+        self, load: Tensor, assignments: Tensor, dropped: Tensor, losses: Sequence[Tensor]
+    ) -> None:
         """Counts one batch, unless all of it is padding."""
         total = ops.maximum(ops.sum(load), 1.0)
         cv = ops.std(load) * load.shape[-1] / total
         is_counted = ops.cast(assignments > 0, "float32")
+        aux_loss = sum((ops.cast(loss, "float32") for loss in losses), ops.zeros_like(cv))
         self._sums.add(_FINE * is_counted * ops.stack([ops.ones_like(cv), cv, aux_loss]))
         worst = ops.stack([cv, dropped / ops.maximum(assignments, 1.0)])
         worst = ops.where(ops.isfinite(worst), is_counted * worst, 0.0)
@@ -144,13 +148,13 @@ class RoutingCounts:
         self._totals = RunningSums(owner, "totals", (len(_TOTALS),))
         self.by_batch = BatchCounts(owner)
 
-    def add(self, decision: Routing, routing: Routing, aux_loss: Tensor) -> None:
+    def add(self, decision: Routing, routing: Routing, losses: Sequence[Tensor]) -> None:
         """Counts one batch.
 
         Args:
             decision: what the router decided, about tokens or about whole examples.
             routing: what came of it for each token.
-            aux_loss: the losses that the layer adds to the model's, in one sum.
+            losses: what the layer adds to the model's loss.
         """
         if decision.logits.shape[0] == 0:  # torch has no maximum of nothing
             return
@@ -169,7 +173,7 @@ class RoutingCounts:
         )
         self._load.add(decision.load)
         self._totals.add(ops.stack(totals))
-        self.by_batch.add(decision.load, assignments, dropped, aux_loss)
+        self.by_batch.add(decision.load, assignments, dropped, losses)
 
     def read(self) -> dict[str, Any]:
         """The counts since the last reset, float64."""

@@ -42,19 +42,19 @@ class AddsRouterLosses(keras.layers.Layer):
                 autocast=False,
             )
 
-    def _add_losses(self, decision: Routing) -> Tensor:
-        """Adds the router's losses, times their coefficients, to the model's; returns their sum."""
-        total = ops.zeros((), "float32")
+    def _add_losses(self, decision: Routing) -> list[Tensor]:
+        """Adds the router's losses, times their coefficients, to the model's; returns them."""
+        losses: list[Tensor] = []
         if not self.router.trainable:  # Keras drops regularizers of frozen weights too
-            return total
+            return losses
         if enclosing_loop() is not None:  # which is not trained
-            return total
+            return losses
         for index, name in enumerate(self._loss_names):
             loss = self._loss_weights[index] * decision.losses[name]
             # In the dtype of the model's loss, to which TensorFlow adds no other.
             self.add_loss(ops.cast(loss, keras.config.floatx()))
-            total = total + ops.cast(loss, "float32")
-        return total
+            losses.append(loss)
+        return losses
 
     def _clear_losses(self) -> None:
         # On JAX, Keras (3.15.1) runs a model's layers without a call context of the model: each

@@ -328,12 +328,12 @@ class MoE(AddsRouterLosses, ExpertFeedForward):
             token_ids = flat_token_ids("MoE", inputs, token_ids)
 
         decision, routing = self._route(tokens, mask, axes, training, token_ids)
-        aux_loss = self._add_losses(decision)
+        losses = self._add_losses(decision)
         outputs, kept = self._run_experts(tokens, routing, axes, training)
         asked = kept if self.router.chooses_tokens else routing.asked
         routing = routing._replace(kept=kept, asked=asked)
         if self._is_counted(training):
-            self._counts.add(decision, routing, aux_loss)
+            self._counts.add(decision, routing, losses)
 
         if self.shared_experts is not None:
             shared = self.shared_experts(ops.expand_dims(tokens, 0), training=training)

@@ -7,11 +7,8 @@ from typing import Any
 from keras_moe.callbacks import ExpertMonitor
 from keras_moe.core import checks
 from keras_moe.core.types import Logs
+from keras_moe.inspection.alarms import KINDS
 
-_KINDS = (
-    *("dead", "collapse", "few", "starved", "imbalance"),
-    *("saturation", "drops", "uniform", "polarisation"),
-)
 _GRAVE = ("dead", "collapse", "few")
 
 
@@ -48,7 +45,7 @@ def watch_trials(
     >>> tuner = Tuner()
     >>> keras_moe.tuning.watch_trials(tuner, "experts")
     """
-    kinds = tuple(checks.one_of("prune", kind, _KINDS) for kind in prune)
+    kinds = tuple(checks.one_of("prune", kind, KINDS) for kind in prune)
     checks.positive_int("patience", patience)
     run = tuner.run_trial
 

@@ -46,7 +46,7 @@ def test_what_is_not_possible_is_not_offered(unit):
 
 
 def test_a_good_grouped_matmul_is_taken(monkeypatch):
-    monkeypatch.setattr(native, "is_good", lambda dtype: True)
+    monkeypatch.setattr(native, "is_good", lambda dtype, is_known: True)
     plan = layers.MoE(64, 128).dispatch_plan(4096)
     assert plan.dispatcher == "grouped"
     assert plan.reason == "dropless, with the platform's own grouped matmul"

@@ -87,6 +87,18 @@ def test_values_and_gradients_are_those_of_each_group(load, sizes, dtype):
     assert_close(by_kernel, np.stack(parts), tolerance)
 
 
+def test_no_rows():
+    def product(rows, kernel):
+        return jax_gpu.grouped_matmul(rows, kernel, jnp.zeros(2, "int32"))
+
+    rows, kernel = jnp.zeros((0, 3)), jnp.ones((2, 3, 5))
+    values, pullback = jax.vjp(product, rows, kernel)
+    assert values.shape == (0, 5)
+    by_rows, by_kernel = pullback(values)
+    assert by_rows.shape == (0, 3)
+    assert_close(by_kernel, np.zeros((2, 3, 5)), 0.0)
+
+
 def test_gradients_of_gradients():
     rows, kernel, upstream, ends, tiling = sample(LOADS["spare rows"], 8, 16, "float32")
 
@@ -164,6 +176,21 @@ def test_auto_takes_it_also_where_a_program_is_traced(on_a_gpu):
 
     traced(jnp.ones(3))
     assert planned == ["grouped"]
+
+
+@pytest.mark.parametrize("dispatch", ["auto", "grouped"])
+def test_an_export_for_any_batch_holds_no_kernel_of_a_gpu(on_a_gpu, dispatch):
+    """It is for any device, and a kernel's blocks are of static numbers."""
+    layer = MoE(8, 16, top_k=2, dispatch=dispatch)
+    layer.build((None, 16))
+    weights = [v.value for v in layer.trainable_variables]
+    others = [v.value for v in layer.non_trainable_variables]
+    (batch,) = jax.export.symbolic_shape("batch")
+    exported = jax.export.export(
+        jax.jit(lambda x: layer.stateless_call(weights, others, x, training=False)[0])
+    )(jax.ShapeDtypeStruct((batch, 16), "float32"))
+    x = np.random.default_rng(0).normal(size=(5, 16)).astype("float32")
+    assert_close(exported.call(x), np.asarray(layer(x), "float64"), 1e-5)
 
 
 @pytest.mark.skipif(os.environ.get("JAX_PLATFORMS", "cpu") != "cpu", reason="its own device's then")

@@ -450,7 +450,8 @@ _with_gradient.defvjp(_with_gradient_forward, _with_gradient_backward)
 
 def grouped_matmul(rows: Tensor, kernel: Tensor, ends: Tensor) -> Tensor:
     """A kernel of ours on an NVIDIA GPU; elsewhere XLA's own, which is good on a TPU only."""
-    if _has_tensor_cores():
+    # A program that is exported for any number of rows is for any device, too.
+    if _has_tensor_cores() and isinstance(rows.shape[0], int):
         from keras_moe.dispatch.backend import jax_gpu
 
         return jax_gpu.grouped_matmul(rows, kernel, ends)
@@ -462,9 +463,13 @@ def is_on_cpu(tensor: Tensor) -> bool:
     return jax.default_backend() == "cpu"
 
 
-def may_have_grouped_matmul() -> bool:
-    """Whether this kind of device has a `grouped_matmul` that beats a walk."""
-    return jax.default_backend() == "tpu" or _has_tensor_cores()
+def may_have_grouped_matmul(is_known: bool) -> bool:
+    """Whether this kind of device has a `grouped_matmul` that beats a walk.
+
+    Args:
+        is_known: whether the number of rows is.
+    """
+    return jax.default_backend() == "tpu" or (is_known and _has_tensor_cores())
 
 
 @functools.cache

@@ -59,6 +59,7 @@ def tiling(total: int, num_experts: int, itemsize: int, interpret: bool = False)
         total: rows of all experts.
         num_experts: the experts E.
         itemsize: bytes of an entry.
+        interpret: whether the kernels run as JAX's own operations, on any device.
     """
     mean = max(total // num_experts, 1)
     if itemsize > 2:  # float32: twice the bytes of a block
@@ -76,13 +77,16 @@ def grouped_matmul(
     """rows[start:end] @ kernel[e] for each expert e; 0 behind the last one's rows.
 
     Args:
-        rows: `(S, in)`, sorted by expert.
+        rows: `(S, in)`, sorted by expert, S a number.
         kernel: `(E, in, out)`.
         ends: int32 `(E,)`, where each expert's rows end.
+        tiles: None for those of `tiling`.
 
     Returns:
         `(S, out)`.
     """
+    if rows.shape[0] == 0:  # no block of nothing can be read
+        return jnp.zeros((0, kernel.shape[2]), rows.dtype)
     if tiles is None:
         tiles = tiling(rows.shape[0], kernel.shape[0], rows.dtype.itemsize)
     return _product(tiles, False, rows, kernel, ends)

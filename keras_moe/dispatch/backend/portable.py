@@ -78,7 +78,7 @@ def _expert_of(rows: Tensor, ends: Tensor) -> Tensor:
     return ops.minimum(ops.sum(is_past, axis=-1), ends.shape[0] - 1)
 
 
-def may_have_grouped_matmul() -> bool:
+def may_have_grouped_matmul(is_known: bool) -> bool:
     """Whether this kind of device has a `grouped_matmul` that beats a walk."""
     return False
 

@@ -489,7 +489,7 @@ def is_on_cpu(tensor: Tensor) -> bool:
     return bool(tensor.device.type == "cpu")
 
 
-def may_have_grouped_matmul() -> bool:
+def may_have_grouped_matmul(is_known: bool) -> bool:
     """Whether this kind of device has a `grouped_matmul` that beats a walk.
 
     On a CPU it is a loop over experts, which `walk` does without a pass for the biases.
