@@ -75,6 +75,7 @@ class Sizes(NamedTuple):
         training: whether gradients are taken.
         like: a tensor on the device that the call runs on.
         weighs_inputs: whether weights multiply what experts read.
+        share: of the assignments, those that go to the experts of this device.
     """
 
     tokens: Size | None
@@ -84,6 +85,7 @@ class Sizes(NamedTuple):
     training: bool
     like: Tensor
     weighs_inputs: bool = False
+    share: float = 1.0
 
     def of_rows(self) -> "Sizes":
         """The sizes that a dispatcher sees: weighed tokens are as many as the assignments."""
@@ -153,9 +155,7 @@ def _choose(asked: Dispatcher | None, experts: ExpertBank, sizes: Sizes) -> Disp
         dispatcher = DISPATCHERS[_best_at_capacity(experts, is_bank, sizes)]()
     elif dispatcher is None:
         count = sizes.tokens if isinstance(sizes.tokens, int) else None
-        costs = _costs(
-            count, experts.num_experts, sizes.top_k, sizes.training, is_bank, sizes.dtype
-        )
+        costs = _costs(experts.num_experts, is_bank, sizes._replace(tokens=count, like=None))
         dispatcher = DISPATCHERS[min(costs, key=costs.__getitem__)]()
     return _possible(dispatcher, experts, is_bank, sizes)
 
@@ -168,9 +168,7 @@ def plan(asked: Dispatcher | None, experts: ExpertBank, sizes: Sizes) -> Dispatc
         overhead = float(slots) / (tokens * sizes.top_k)
     else:
         is_bank = takes_rows(experts)
-        costs = _costs(
-            tokens, experts.num_experts, sizes.top_k, sizes.training, is_bank, sizes.dtype
-        )
+        costs = _costs(experts.num_experts, is_bank, sizes._replace(like=None))
         cost = costs.get(taken.name, float("nan"))
         overhead = cost / least_cost(tokens, experts.num_experts, sizes.top_k)
     reason = _WHY.get(taken.name, "a dispatcher of yours").format(slots=slots or 0)
@@ -186,7 +184,7 @@ def _best_at_capacity(experts: ExpertBank, is_bank: bool, sizes: Sizes) -> str:
     tokens, slots = sizes.tokens, sizes.slots
     if slots is None or not is_bank or not backend.current.is_on_cpu(sizes.like):
         return "slots"
-    assigned = tokens * sizes.top_k if isinstance(tokens, int) else None
+    assigned = int(tokens * sizes.top_k * sizes.share) if isinstance(tokens, int) else None
     # Before a bank is built, its experts count as small ones.
     weights = experts.count_params() if experts.built else 0
     walks = walk_beats_slots(assigned, slots, experts.num_experts, weights)
@@ -194,17 +192,16 @@ def _best_at_capacity(experts: ExpertBank, is_bank: bool, sizes: Sizes) -> str:
 
 
 @functools.lru_cache(maxsize=1024)  # every eager call asks
-def _costs(
-    tokens: int | None, num_experts: int, top_k: int, training: bool, is_bank: bool, dtype: str
-) -> dict[str, float]:
+def _costs(num_experts: int, is_bank: bool, sizes: Sizes) -> dict[str, float]:
     """Predicted cost of dropless dispatchers, in rows of the experts; see `dropless_costs`."""
     return dropless_costs(
-        _MANY if tokens is None else max(tokens, 1),
+        _MANY if sizes.tokens is None else max(int(sizes.tokens), 1),
         num_experts,
-        top_k,
-        training=training,
+        sizes.top_k,
+        training=sizes.training,
         is_bank=is_bank,
-        grouped=is_bank and native.is_good(dtype, is_known=tokens is not None),
+        grouped=is_bank and native.is_good(sizes.dtype, is_known=sizes.tokens is not None),
+        share=sizes.share,
     )
 
 

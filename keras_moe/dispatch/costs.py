@@ -50,7 +50,14 @@ def least_cost(num_tokens: int, num_experts: int, top_k: int) -> float:
 
 
 def dropless_costs(
-    num_tokens: int, num_experts: int, top_k: int, *, training: bool, is_bank: bool, grouped: bool
+    num_tokens: int,
+    num_experts: int,
+    top_k: int,
+    *,
+    training: bool,
+    is_bank: bool,
+    grouped: bool,
+    share: float = 1.0,
 ) -> dict[str, float]:
     """Predicted cost of each dropless dispatcher.
 
@@ -61,9 +68,10 @@ def dropless_costs(
         training: whether gradients are taken; `lookup` would keep a copy of the weights per row.
         is_bank: whether the experts are a bank that shows its layers.
         grouped: whether there is a good native grouped matmul.
+        share: of the assignments, those that go to these experts; others go to other devices'.
     """
     platform = _PLATFORMS.get(keras.backend.backend(), _PORTABLE) if is_bank else _PORTABLE
-    rows, busy = num_tokens * top_k, _expected_busy(num_tokens, num_experts, top_k)
+    rows, busy = num_tokens * top_k * share, _expected_busy(num_tokens, num_experts, top_k * share)
     waste = min(platform.waste, rows / busy)
     costs = {
         "walk" if is_bank else "padded_blocks": platform.start
@@ -76,7 +84,8 @@ def dropless_costs(
         del costs["walk"]
         costs["grouped"] = rows * (1 + platform.dispatch) + busy * (platform.read + _TILE / 2)
     if is_bank and not training:
-        costs["lookup"] = rows * (1 + platform.read + platform.lookup * rows)
+        all_rows = num_tokens * top_k
+        costs["lookup"] = all_rows * (1 + platform.read + platform.lookup * all_rows)
     return costs
 
 
@@ -97,6 +106,6 @@ def walk_beats_slots(assigned: Size, slots: Size, num_experts: int, weights: int
     return least <= 1.0
 
 
-def _expected_busy(num_tokens: int, num_experts: int, top_k: int) -> float:
+def _expected_busy(num_tokens: int, num_experts: int, top_k: float) -> float:
     """Experts that at least one token chooses, where all choices are as likely."""
     return num_experts * (1 - (1 - min(top_k / num_experts, 1.0)) ** num_tokens)

@@ -31,6 +31,7 @@ from keras_moe.core.types import (
 from keras_moe.dispatch import Dispatcher, DispatchPlan, backend, choose
 from keras_moe.dispatch.dispatcher import kept_best_first
 from keras_moe.layers.counts import RoutingCounts, check_built
+from keras_moe.layers.division import divided
 from keras_moe.layers.expert_mlp import ExpertMLP
 from keras_moe.layers.feed_forward import ExpertFeedForward
 from keras_moe.layers.freezing import freeze_parts
@@ -43,6 +44,7 @@ from keras_moe.layers.tokens import (
     kept_examples,
     pool_examples,
     spread_over_tokens,
+    with_axes,
     zero_where_padded,
 )
 
@@ -329,7 +331,8 @@ class MoE(AddsRouterLosses, ExpertFeedForward):
 
         decision, routing = self._route(tokens, mask, axes, training, token_ids)
         losses = self._add_losses(decision)
-        outputs, kept = self._run_experts(tokens, routing, axes, training)
+        run = partial(self._run_experts, training=training)
+        outputs, kept = divided(run, self, tokens, routing, axes)
         asked = kept if self.router.chooses_tokens else routing.asked
         routing = routing._replace(kept=kept, asked=asked)
         if self._is_counted(training):
@@ -373,26 +376,28 @@ class MoE(AddsRouterLosses, ExpertFeedForward):
         self, tokens: Tensor, routing: Routing, axes: Axes, training: bool | None
     ) -> tuple[Tensor, Tensor]:
         """Returns the experts' weighted sums and the kept assignments."""
+        num_experts = self.experts.num_experts  # of this device, where devices divide them
         capacity = self._slots_per_expert(axes, training)
         groups = axes[0] if self.capacity_group == "example" else 1
         if capacity is not None and self.router.serves_best_first:
-            kept = kept_best_first(routing, self.num_experts, capacity, groups)
+            kept = kept_best_first(routing, num_experts, capacity, groups)
             routing = routing._replace(kept=kept)  # now all fit, in any order
         count, top_k = ops.shape(routing.experts)
-        sizes = choose.Sizes(
-            count,
-            top_k,
-            slots=None if capacity is None else self.num_experts * groups * capacity,
-            dtype=self.compute_dtype,
-            training=bool(training),
-            like=tokens,
-            weighs_inputs=self.weigh == "inputs",
-        )
+        slots = None if capacity is None else num_experts * groups * capacity
+        sizes = self._sizes(count, top_k, slots, bool(training), tokens)
         dispatcher = choose.choose(self.dispatcher, self.experts, sizes)
-        placement = dispatcher.place(routing, self.num_experts, capacity, groups)
+        placement = dispatcher.place(routing, num_experts, capacity, groups)
         # A function of numbers with gradients only, as all backends can recompute it.
         run = partial(dispatcher.run, placement=placement, experts=self.experts, training=training)
         return self._call_experts(run, tokens, routing.weights), placement.kept
+
+    def _sizes(
+        self, count: Size, top_k: int, slots: Size | None, training: bool, like: Tensor
+    ) -> choose.Sizes:
+        """What the choice of a dispatcher depends on, see `choose.Sizes`."""
+        share = self.experts.num_experts / self.num_experts
+        inputs, dtype = self.weigh == "inputs", self.compute_dtype
+        return choose.Sizes(count, top_k, slots, dtype, training, like, inputs, share)
 
     def _slots_per_expert(self, axes: Axes, training: bool | None) -> Size | None:
         """C, or None where nothing is dropped."""
@@ -406,13 +411,7 @@ class MoE(AddsRouterLosses, ExpertFeedForward):
         """The record with the axes of the inputs, or of whole examples where these are routed."""
         if self.routing_level == "example":
             routing, axes = kept_examples(decision, routing.kept, axes), axes[:1]
-        return routing._replace(
-            experts=ops.reshape(routing.experts, (*axes, self.top_k)),
-            weights=ops.reshape(routing.weights, (*axes, self.top_k)),
-            kept=ops.reshape(routing.kept, (*axes, self.top_k)),
-            asked=ops.reshape(routing.asked, (*axes, self.top_k)),
-            logits=ops.reshape(routing.logits, (*axes, self.num_experts)),
-        )
+        return with_axes(routing, axes)
 
     # === What is seen, and what may change ===
 
@@ -469,15 +468,9 @@ class MoE(AddsRouterLosses, ExpertFeedForward):
         """
         count = checks.positive_int("n_tokens", n_tokens)
         capacity = self._slots_per_expert((1, count), training)
-        sizes = choose.Sizes(
-            count,
-            self.router.experts_per_token,
-            slots=None if capacity is None else self.num_experts * capacity,
-            dtype=self.compute_dtype,
-            training=training,
-            like=ops.zeros(()),
-            weighs_inputs=self.weigh == "inputs",
-        )
+        slots = None if capacity is None else self.num_experts * capacity
+        top_k = self.router.experts_per_token
+        sizes = self._sizes(count, top_k, slots, training, ops.zeros(()))
         return choose.plan(self.dispatcher, self.experts, sizes)
 
     # === Keras ===

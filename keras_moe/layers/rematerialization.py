@@ -8,6 +8,7 @@ from keras import ops
 from keras.src.backend import AutocastScope
 
 from keras_moe.core.types import Tensor
+from keras_moe.layers.scopes import Inside, state_of
 
 
 class RematerializesExperts(keras.layers.Layer):
@@ -46,11 +47,11 @@ class RematerializesExperts(keras.layers.Layer):
         if not self._recomputes_experts:
             return run(*args)
         with AutocastScope(None):
-            before = [(variable, ops.copy(variable.value)) for variable in _state_of(self.experts)]
+            before = [(variable, ops.copy(variable.value)) for variable in state_of(self.experts)]
         updated: list[Any] = []
 
         def run_without_effects(*args: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-            with _Inside(before) as scope:
+            with Inside(before) as scope:
                 start = [(variable, scope.get_current_value(variable)) for variable, _ in before]
                 outputs, losses = run(*args), list(scope.losses)
                 self.experts._clear_losses()  # which are added outside
@@ -75,28 +76,3 @@ def keep_from_remat(layers: Iterable[keras.layers.Layer]) -> None:
             functional = getattr(inner, "_functional", None)  # which a `Sequential` runs, unlisted
             if functional is not None:
                 functional._remat_mode = None
-
-
-class _Inside(keras.StatelessScope):
-    """Scope in which some variables have other values, and the others those around it."""
-
-    def __init__(self, state: list[tuple[Any, Tensor]]) -> None:
-        super().__init__(state, collect_losses=True)
-
-    def get_current_value(self, variable: Any) -> Tensor | None:
-        value = super().get_current_value(variable)
-        if value is None and self.original_scope is not None:
-            return self.original_scope.get_current_value(variable)
-        return value
-
-
-def _state_of(experts: keras.layers.Layer) -> list[Any]:
-    """What a call may change: random states and weights that are state, not those frozen."""
-    return [
-        variable
-        for layer in experts._flatten_layers()
-        for variable in (
-            *layer._non_trainable_variables,
-            *(generator.state for generator in layer._seed_generators),
-        )
-    ]

@@ -71,3 +71,14 @@ def kept_examples(decision: Routing, kept: Tensor, token_axes: Axes) -> Routing:
     top_k = kept.shape[-1]
     kept = ops.reshape(kept, (token_axes[0], math.prod(token_axes[1:]), top_k))
     return decision._replace(kept=ops.any(kept, axis=1))
+
+
+def with_axes(routing: Routing, axes: Axes) -> Routing:
+    """The record of `(N, ...)` with the axes that the tokens were flattened from."""
+    return routing._replace(
+        **{
+            name: ops.reshape(values, (*axes, values.shape[-1]))
+            for name in ("experts", "weights", "kept", "asked", "logits")
+            for values in [getattr(routing, name)]
+        }
+    )

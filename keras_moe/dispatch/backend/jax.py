@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from keras_moe.core.types import Tensor
 from keras_moe.dispatch.backend import portable
@@ -33,11 +34,12 @@ from keras_moe.dispatch.backend.portable import (  # noqa: F401
     is_traced_for_export,
     reach,
     sort_for_export,
+    sum_over_replicas,
     without_autocast,
 )
 from keras_moe.dispatch.layout import Rows, Slots, Stage
 
-WALKS = HAS_GROUPED_MATMUL = True
+WALKS = HAS_GROUPED_MATMUL = DIVIDES = True
 
 
 class _Static(NamedTuple):
@@ -494,3 +496,39 @@ def value_and_gradients(function: Callable[..., Tensor], *arguments: Tensor) -> 
     """The value of a function, and the gradients of the sum of its squares."""
     gradients = jax.grad(lambda *a: jnp.sum(function(*a) ** 2), tuple(range(len(arguments))))
     return function(*arguments), gradients(*arguments)
+
+
+def on_each_device(
+    function: Callable[..., Any], mesh: Any, inputs: Any, inputs_by: Any, outputs_by: Any
+) -> Any:
+    """Runs a function on each device of a mesh, on its part of the inputs.
+
+    Args:
+        function: of the parts of the inputs.
+        mesh: a `keras.distribution.DeviceMesh`.
+        inputs: a tuple of trees of arrays.
+        inputs_by: for each, the mesh's axis that divides each axis of an array, or None.
+        outputs_by: the same for what the function returns.
+    """
+
+    def specs(tree: Any) -> Any:
+        is_leaf = isinstance(tree, tuple) and all(a is None or isinstance(a, str) for a in tree)
+        return PartitionSpec(*tree) if is_leaf else type(tree)(map(specs, tree))
+
+    return jax.shard_map(
+        function,
+        mesh=mesh.backend_mesh,
+        in_specs=specs(inputs_by),
+        out_specs=specs(outputs_by),
+        check_vma=False,  # loops that begin with zeros, and gradients of our own
+    )(*inputs)
+
+
+def device_index(axes: tuple[str, ...]) -> Tensor:
+    """Where a device stands along axes of the mesh, in `on_each_device`."""
+    return lax.axis_index(axes)
+
+
+def sum_over_devices(value: Tensor, axes: tuple[str, ...]) -> Tensor:
+    """The sum over the devices along axes of the mesh, in `on_each_device`."""
+    return lax.psum(value, axes)

@@ -12,6 +12,7 @@ from keras_moe.dispatch.layout import Rows, Stage, entries_at, wide_dtype
 
 WALKS = False  # whether `walk` is faster than padded blocks
 HAS_GROUPED_MATMUL = False  # whether `grouped_matmul` is the platform's own
+DIVIDES = False  # whether there is `on_each_device`, and what is used in it
 
 
 def row_padding(total: Size, num_experts: int) -> int:
@@ -146,3 +147,36 @@ def eagerly(function: Callable[[], Any]) -> Any:
 def value_and_gradients(function: Callable[..., Tensor], *arguments: Tensor) -> tuple[Any, Any]:
     """The value of a function, and the gradients of the sum of its squares."""
     raise NotImplementedError("Keras has no gradients that are the same on every backend.")
+
+
+def on_each_device(
+    function: Callable[..., Any], mesh: Any, inputs: Any, inputs_by: Any, outputs_by: Any
+) -> Any:
+    """Runs a function on each device of a mesh, on its part of the inputs.
+
+    Args:
+        function: of the parts of the inputs.
+        mesh: a `keras.distribution.DeviceMesh`.
+        inputs: a tuple of trees of arrays.
+        inputs_by: for each, the mesh's axis that divides each axis of an array, or None.
+        outputs_by: the same for what the function returns.
+    """
+    raise NotImplementedError("Keras divides nothing among devices on this backend.")
+
+
+def device_index(axes: tuple[str, ...]) -> Tensor:
+    """Where a device stands along axes of the mesh, in `on_each_device`."""
+    raise NotImplementedError("Keras divides nothing among devices on this backend.")
+
+
+def sum_over_devices(value: Tensor, axes: tuple[str, ...]) -> Tensor:
+    """The sum over the devices along axes of the mesh, in `on_each_device`."""
+    raise NotImplementedError("Keras divides nothing among devices on this backend.")
+
+
+def sum_over_replicas(values: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The sums of float32 values over the replicas of a data-parallel training, without gradient.
+
+    Values of one device's program, as on JAX, are of the whole batch already.
+    """
+    return values

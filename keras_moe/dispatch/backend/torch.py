@@ -16,6 +16,12 @@ import torch
 
 from keras_moe.core.types import Tensor
 from keras_moe.dispatch.backend import portable
+from keras_moe.dispatch.backend.portable import (  # noqa: F401
+    DIVIDES,
+    device_index,
+    on_each_device,
+    sum_over_devices,
+)
 from keras_moe.dispatch.layout import Rows, Stage
 
 WALKS = HAS_GROUPED_MATMUL = True
@@ -511,3 +517,16 @@ def value_and_gradients(function: Callable[..., Tensor], *arguments: Tensor) -> 
         leaves = [argument.detach().requires_grad_() for argument in arguments]
         value = function(*leaves)
         return value.detach(), torch.autograd.grad((value**2).sum(), leaves)
+
+
+def sum_over_replicas(values: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The sums of float32 values over the ranks of `torch.distributed`, without gradient."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return values
+    if distributed.get_world_size() == 1:
+        return values
+    flat = torch.cat([value.detach().reshape(-1) for value in values])
+    distributed.all_reduce(flat)
+    parts = flat.split([value.numel() for value in values])
+    return [part.reshape(value.shape) for part, value in zip(parts, values, strict=True)]

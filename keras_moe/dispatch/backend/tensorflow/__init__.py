@@ -22,15 +22,19 @@ from tensorflow.python.eager import record
 from keras_moe.core.types import Size, Tensor
 from keras_moe.dispatch.backend import portable
 from keras_moe.dispatch.backend.portable import (  # noqa: F401
+    DIVIDES,
     HAS_GROUPED_MATMUL,
+    device_index,
     eagerly,
     grouped_matmul,
     inverse_permutation,
     is_recomputing,
     is_traced_for_export,
     may_have_grouped_matmul,
+    on_each_device,
     reach,
     sort_for_export,
+    sum_over_devices,
     value_and_gradients,
     with_gradient,
     without_autocast,
@@ -182,3 +186,14 @@ def _is_under_xla() -> bool:
                 return True
         graph = getattr(graph, "outer_graph", None)
     return False
+
+
+def sum_over_replicas(values: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The sums of float32 values over the replicas of a `tf.distribute` strategy, no gradient."""
+    replica = tf.distribute.get_replica_context()
+    if replica is None or replica.num_replicas_in_sync == 1:
+        return values
+    flat = tf.concat([tf.reshape(tf.stop_gradient(value), (-1,)) for value in values], axis=0)
+    flat = replica.all_reduce(tf.distribute.ReduceOp.SUM, flat)
+    parts = tf.split(flat, [value.shape.num_elements() for value in values])
+    return [tf.reshape(part, value.shape) for part, value in zip(parts, values, strict=True)]
