@@ -20,6 +20,7 @@ __all__ = [
     "__version__",
     "callbacks",
     "dispatch",
+    "distribution",
     "exporting",
     "flops",
     "layers",
@@ -36,6 +37,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name == "report":
         return import_module("keras_moe.reporting").report
-    if name in ("flops", "plots", "tuning"):  # what only a picture, a count or a search needs
+    if name in ("distribution", "flops", "plots", "tuning"):  # what only some programs need
         return import_module(f"keras_moe.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,18 +17,8 @@ import keras
 import numpy as np
 from keras import distribution
 
+import keras_moe
 from keras_moe import layers
-
-DEVICES = 4
-
-
-def by_experts():
-    """As docs/layers/moe.md has it."""
-    mesh = distribution.DeviceMesh((1, DEVICES), ["batch", "expert"])
-    layout = distribution.LayoutMap(mesh)
-    layout[r".*/experts/.*kernel_\d+"] = ("expert", None, None)
-    layout[r".*/experts/.*bias_\d+"] = ("expert", None)
-    return distribution.ModelParallel(layout_map=layout, batch_dim_name="batch")
 
 
 def trained(placement):
@@ -46,6 +36,8 @@ def trained(placement):
     inputs = np.random.default_rng(0).normal(size=(32, 6, 8)).astype("float32")
     targets = inputs.mean(axis=-1, keepdims=True)
     history = model.fit(inputs, targets, batch_size=16, epochs=2, verbose=0, shuffle=False)
+    if placement is not None:
+        keras_moe.distribution.assert_sharded(model)
     places = {
         weight.path: (weight.shape, weight.value.addressable_shards[0].data.shape)
         for weight in [*model.trainable_variables, *model.optimizer.variables]
@@ -54,5 +46,5 @@ def trained(placement):
 
 
 alone, _ = trained(None)
-divided, places = trained(by_experts())
+divided, places = trained(keras_moe.distribution.expert_parallel())
 json.dump({"alone": alone, "divided": divided, "places": places}, sys.stdout)
