@@ -30,8 +30,8 @@ class RunningSums:
     """Sums that stay exact over a long training, in two float32 limbs.
 
     A single float32 stops counting at 2^24 and integers of 64 bits do not exist on JAX by default;
-    here the low limb overflows into the high one, which is good to 2^44. On several replicas, the
-    first one's counts are kept.
+    here the low limb overflows into the high one, which is good to 2^44. Replicas are given equal
+    values, so the first one's are kept.
 
     Args:
         owner: The layer that gets the weight, of shape `(2, *shape)`.
@@ -105,14 +105,11 @@ class BatchCounts:
         """The weights that files leave out."""
         return self._sums.limbs, self._worst
 
-    def add(
-        self, load: Tensor, assignments: Tensor, dropped: Tensor, losses: Sequence[Tensor]
-    ) -> None:
+    def add(self, load: Tensor, assignments: Tensor, dropped: Tensor, aux_loss: Tensor) -> None:
         """Counts one batch, unless all of it is padding."""
         total = ops.maximum(ops.sum(load), 1.0)
         cv = ops.std(load) * load.shape[-1] / total
         is_counted = ops.cast(assignments > 0, "float32")
-        aux_loss = sum((ops.cast(loss, "float32") for loss in losses), ops.zeros_like(cv))
         self._sums.add(_FINE * is_counted * ops.stack([ops.ones_like(cv), cv, aux_loss]))
         worst = ops.stack([cv, dropped / ops.maximum(assignments, 1.0)])
         worst = ops.where(ops.isfinite(worst), is_counted * worst, 0.0)
@@ -156,24 +153,14 @@ class RoutingCounts:
             routing: what came of it for each token.
             losses: what the layer adds to the model's loss.
         """
-        if decision.logits.shape[0] == 0:  # torch has no maximum of nothing
-            return
-        p = numerics.softmax(decision.logits)
-        entropy = numerics.entropy_of(p)
-        # A token that is not finite has no entropy: it is left out of the mean.
-        is_decided = ops.logical_and(ops.any(decision.asked, axis=-1), ops.isfinite(entropy))
-        assignments = ops.sum(ops.cast(routing.asked, "float32"))
-        dropped = assignments - ops.sum(ops.cast(routing.kept, "float32"))
-        totals = (
-            assignments,
-            dropped,
-            ops.sum(ops.cast(is_decided, "float32")),
-            ops.sum(ops.where(is_decided, entropy, 0.0)),
-            ops.sum(ops.where(is_decided, ops.max(p, axis=-1), 0.0)),
+        totals = _totals_of(decision, routing)
+        aux_loss = sum((ops.cast(loss, "float32") for loss in losses), ops.zeros_like(totals[0]))
+        load, totals, of_losses = backend.current.sum_over_replicas(
+            (decision.load, totals, ops.stack([aux_loss, ops.ones_like(aux_loss)]))
         )
-        self._load.add(decision.load)
-        self._totals.add(ops.stack(totals))
-        self.by_batch.add(decision.load, assignments, dropped, losses)
+        self._load.add(load)
+        self._totals.add(totals)
+        self.by_batch.add(load, totals[0], totals[1], of_losses[0] / of_losses[1])
 
     def read(self) -> dict[str, Any]:
         """The counts since the last reset, float64."""
@@ -184,6 +171,25 @@ class RoutingCounts:
         """Starts again from 0."""
         for counts in (self._load, self._totals, self.by_batch):
             counts.reset()
+
+
+def _totals_of(decision: Routing, routing: Routing) -> Tensor:
+    """The `_TOTALS` of a batch, float32."""
+    if decision.logits.shape[0] == 0:  # torch has no maximum of nothing
+        return ops.zeros((len(_TOTALS),), dtype="float32")
+    p = numerics.softmax(decision.logits)
+    entropy = numerics.entropy_of(p)
+    # A token that is not finite has no entropy: it is left out of the mean.
+    is_decided = ops.logical_and(ops.any(decision.asked, axis=-1), ops.isfinite(entropy))
+    assignments = ops.sum(ops.cast(routing.asked, "float32"))
+    totals = (
+        assignments,
+        assignments - ops.sum(ops.cast(routing.kept, "float32")),
+        ops.sum(ops.cast(is_decided, "float32")),
+        ops.sum(ops.where(is_decided, entropy, 0.0)),
+        ops.sum(ops.where(is_decided, ops.max(p, axis=-1), 0.0)),
+    )
+    return ops.stack(totals)
 
 
 _SOFT_TOTALS = ("decisions", "entropy", "sequences", "dispatch_min", "dispatch_max")
@@ -210,21 +216,9 @@ class SoftCounts:
             mask: bool `(batch, n)`, False at padding, or None.
             visible: what the router says of it: the tokens that a set of slots mixes.
         """
-        if 0 in tuple(routing.combine.shape):  # torch has no minimum of nothing
-            return
-        combine = routing.combine
-        entropy = numerics.entropy_of(ops.sum(combine, axis=-1))  # of experts, not of slots
-        # A token that is not finite has no entropy: it is left out.
-        is_counted = ops.isfinite(entropy)
-        if mask is not None:
-            is_counted = ops.logical_and(is_counted, mask)
-        combine = ops.where(is_counted[..., None, None], combine, 0.0)
-        decisions = ops.sum(ops.cast(is_counted, "float32"))
-        entropy = ops.sum(ops.where(is_counted, entropy, 0.0))
-        self._importance.add(ops.sum(combine, axis=(0, 1)))
-        self._totals.add(
-            ops.stack([decisions, entropy, *_dispatch_range(routing.dispatch, mask, visible)])
-        )
+        importance, totals = backend.current.sum_over_replicas(_soft_sums(routing, mask, visible))
+        self._importance.add(importance)
+        self._totals.add(totals)
 
     def read(self) -> dict[str, Any]:
         """The sums by name, float64."""
@@ -236,6 +230,28 @@ class SoftCounts:
         """Starts again from 0."""
         self._importance.reset()
         self._totals.reset()
+
+
+def _soft_sums(
+    routing: SoftRouting, mask: Tensor | None, visible: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The importance of each slot `(E, P)` and the `_SOFT_TOTALS` of a batch, float32."""
+    combine = routing.combine
+    if 0 in tuple(combine.shape):  # torch has no minimum of nothing
+        empty = ops.zeros(combine.shape[-2:], dtype="float32")
+        return empty, ops.zeros((len(_SOFT_TOTALS),), dtype="float32")
+    entropy = numerics.entropy_of(ops.sum(combine, axis=-1))  # of experts, not of slots
+    # A token that is not finite has no entropy: it is left out.
+    is_counted = ops.isfinite(entropy)
+    if mask is not None:
+        is_counted = ops.logical_and(is_counted, mask)
+    combine = ops.where(is_counted[..., None, None], combine, 0.0)
+    totals = (
+        ops.sum(ops.cast(is_counted, "float32")),
+        ops.sum(ops.where(is_counted, entropy, 0.0)),
+        *_dispatch_range(routing.dispatch, mask, visible),
+    )
+    return ops.sum(combine, axis=(0, 1)), ops.stack(totals)
 
 
 def _dispatch_range(dispatch: Tensor, mask: Tensor | None, visible: Tensor | None) -> list[Tensor]:

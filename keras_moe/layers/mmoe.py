@@ -285,9 +285,16 @@ class MMoE(FreezesParts, RematerializesExperts, NamesSizes):
         if mask is not None:
             is_counted = ops.logical_and(is_counted, mask[:, None])
         weights = ops.where(is_counted[..., None], routing.weights, 0.0)
-        self._importance.add(ops.sum(weights, axis=0))
-        self._entropy.add(ops.sum(ops.where(is_counted, entropy, 0.0), axis=0))
-        self._decisions.add(ops.sum(ops.cast(is_counted, "float32")))
+        sums = backend.current.sum_over_replicas(
+            (
+                ops.sum(weights, axis=0),
+                ops.sum(ops.where(is_counted, entropy, 0.0), axis=0),
+                ops.sum(ops.cast(is_counted, "float32")),
+            )
+        )
+        counters = self._importance, self._entropy, self._decisions
+        for counter, values in zip(counters, sums, strict=True):
+            counter.add(values)
 
     def running_counts(self) -> dict[str, Any]:
         """Reads what was counted in training since the last reset.

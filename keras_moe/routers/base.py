@@ -120,6 +120,7 @@ class Router(SavesSeed):
     has_capacity = False  # of its own: it drops what finds no place
     serves_best_first = False  # slots go to tokens in the order of their largest weight
     fixes_top_k = False  # it cannot be changed later
+    global_balance = False  # balance losses take the load of all replicas
     needs_token_ids = False  # `decide` takes `token_ids`, int32 `(N,)`
 
     def __init__(
@@ -272,7 +273,9 @@ class Router(SavesSeed):
         """The losses by name; those that take a pass over the tokens only where they are on."""
         probabilities, experts = decision.probabilities, decision.experts
         named = {
-            "balance": losses.balance_loss(probabilities, load, self.top_k, mask),
+            "balance": losses.balance_loss(
+                probabilities, load, self.top_k, mask, self.global_balance
+            ),
             "z_loss": losses.z_loss(decision.logits, mask),
         }
         if self.loss_weights.get("sequence_balance"):
@@ -281,7 +284,9 @@ class Router(SavesSeed):
             )
         if self.loss_weights.get("first_choice_balance"):
             first = load_of(experts[:, :1], asked[:, :1], self.num_experts)
-            named["first_choice_balance"] = losses.balance_loss(probabilities, first, 1, mask)
+            named["first_choice_balance"] = losses.balance_loss(
+                probabilities, first, 1, mask, self.global_balance
+            )
         if self.loss_weights.get("local_entropy"):
             named["local_entropy"] = losses.local_entropy_loss(probabilities, mask)
         if self.loss_weights.get("global_entropy"):
@@ -353,6 +358,9 @@ class LinearRouter(Router):
             multiplied by noise drawn from U(1 - jitter, 1 + jitter). Defaults to `0.0`.
         use_bias: Whether a trained bias, 0 at first, is added to the logits (GPT-OSS). Defaults to
             `False`.
+        global_balance: Whether the balance losses take the load of all replicas, under a
+            `tf.distribute` strategy or `torch.distributed`, and not of each replica's own part of
+            the batch (Qiu et al. 2025). On JAX they always do. Defaults to `False`.
         kernel_initializer: Initializer of the `(d, E)` kernel. Defaults to `None`, a normal
             distribution of standard deviation 0.02 (flaxformer's setting for Switch).
         kernel_regularizer: Optional regularizer of the kernel. Defaults to `None`.
@@ -377,6 +385,7 @@ class LinearRouter(Router):
         losses: Mapping[str, float] | None = None,
         jitter: float = 0.0,
         use_bias: bool = False,
+        global_balance: bool = False,
         kernel_initializer: InitializerLike = None,
         kernel_regularizer: RegularizerLike = None,
         kernel_constraint: ConstraintLike = None,
@@ -390,6 +399,12 @@ class LinearRouter(Router):
         if self.jitter and self.seed_generator is None:
             self.seed_generator = keras.random.SeedGenerator(seed)
         self.use_bias = bool(use_bias)
+        self.global_balance = bool(global_balance)
+        if self.global_balance and not {"balance", "first_choice_balance"} & set(self.LOSSES):
+            checks.fail(
+                f"`{type(self).__name__}` has no balance loss and no use for `global_balance`.",
+                global_balance=global_balance,
+            )
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
         self.kernel_constraint = keras.constraints.get(kernel_constraint)
@@ -444,6 +459,7 @@ class LinearRouter(Router):
             **super().get_config(),
             "jitter": self.jitter,
             "use_bias": self.use_bias,
+            "global_balance": self.global_balance,
             "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
             "kernel_regularizer": keras.regularizers.serialize(self.kernel_regularizer),
             "kernel_constraint": keras.constraints.serialize(self.kernel_constraint),

@@ -32,8 +32,8 @@ class BatchPriorityRouter(NoisyRouter):
         top_k: Integer between 1 and `num_experts`. Defaults to `2`.
         noise_std: Number of at least 0, the width of the noise; None for 1 / E. Defaults to `None`
             (the paper's).
-        **kwargs: Arguments of `LinearRouter`: `losses`, `jitter`, `use_bias`, `kernel_initializer`,
-            `kernel_regularizer`, `kernel_constraint`, `seed`. In `losses`,
+        **kwargs: Arguments of `LinearRouter`: `losses`, `jitter`, `use_bias`, `global_balance`,
+            `kernel_initializer`, `kernel_regularizer`, `kernel_constraint`, `seed`. In `losses`,
             `"importance"` and `"load"`, which there is only with noise, are 0.005 by default (the
             paper's), the others 0.
 

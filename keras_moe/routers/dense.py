@@ -18,8 +18,8 @@ class DenseRouter(LinearRouter):
 
     Args:
         num_experts: Positive integer, the number of experts E.
-        **kwargs: Arguments of `LinearRouter`: `losses`, `jitter`, `use_bias`, `kernel_initializer`,
-            `kernel_regularizer`, `kernel_constraint`, `seed`.
+        **kwargs: Arguments of `LinearRouter`: `losses`, `jitter`, `use_bias`, `global_balance`,
+            `kernel_initializer`, `kernel_regularizer`, `kernel_constraint`, `seed`.
 
     Reference:
         Jacobs et al. 1991, "Adaptive Mixtures of Local Experts", equation 1.

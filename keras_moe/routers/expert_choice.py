@@ -29,9 +29,9 @@ class ExpertChoiceRouter(LinearRouter):
         num_experts: Positive integer, the number of experts E.
         top_k: Integer between 1 and `num_experts`, the mean number of experts per token, which the
             paper calls capacity factor. Defaults to `2` (the paper's).
-        **kwargs: Arguments of `LinearRouter`: `losses`, `jitter`, `use_bias`, `kernel_initializer`,
-            `kernel_regularizer`, `kernel_constraint`, `seed`. The `losses` are 0 by
-            default.
+        **kwargs: Arguments of `LinearRouter`: `losses`, `jitter`, `use_bias`, `global_balance`,
+            `kernel_initializer`, `kernel_regularizer`, `kernel_constraint`, `seed`. The `losses`
+            are 0 by default.
 
     Reference:
         Zhou et al. 2022, "Mixture-of-Experts with Expert Choice Routing", section 3.2.

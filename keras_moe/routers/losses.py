@@ -11,6 +11,7 @@ from keras import ops
 from keras_moe.core.numerics import entropy_of
 from keras_moe.core.sizes import as_tensor, at_least
 from keras_moe.core.types import Size, Tensor
+from keras_moe.dispatch import backend
 
 
 def token_count(tokens: Tensor, mask: Tensor | None) -> float | Tensor:
@@ -31,7 +32,13 @@ def masked_sum(values: Tensor, mask: Tensor | None) -> Tensor:
     return ops.sum(values, axis=0)
 
 
-def balance_loss(probabilities: Tensor, load: Tensor, top_k: int, mask: Tensor | None) -> Tensor:
+def balance_loss(
+    probabilities: Tensor,
+    load: Tensor,
+    top_k: int,
+    mask: Tensor | None,
+    over_replicas: bool = False,
+) -> Tensor:
     """E * sum_e f_e P_e: 1 at perfect balance for every E and k.
 
     f_e is expert e's share of the k N assignments (so sum_e f_e = 1, not k as in HF, MaxText and
@@ -42,16 +49,23 @@ def balance_loss(probabilities: Tensor, load: Tensor, top_k: int, mask: Tensor |
         load: float32 `(E,)`, assignments per expert before drops.
         top_k: experts per token.
         mask: bool `(N,)`, False at padding, or None.
+        over_replicas: whether f is that of all replicas. The mean over replicas is then the loss of
+            the whole batch, where they have as many tokens each.
 
     Returns:
         A float32 scalar.
 
     Reference:
-        Fedus et al. 2021, "Switch Transformers", equations 4 to 6.
+        Fedus et al. 2021, "Switch Transformers", equations 4 to 6; Qiu et al. 2025, "Demons in the
+        Detail", section 2 (over replicas).
     """
     count = token_count(probabilities, mask)
     num_experts = probabilities.shape[-1]
-    fractions = ops.stop_gradient(load) / (count * top_k)
+    total, tokens = ops.stop_gradient(load), count
+    if over_replicas:
+        tokens = ops.convert_to_tensor(count, "float32")
+        total, tokens = backend.current.sum_over_replicas((total, tokens))
+    fractions = total / (tokens * top_k)
     mean_probabilities = masked_sum(probabilities, mask) / count
     return num_experts * ops.sum(fractions * mean_probabilities)
 

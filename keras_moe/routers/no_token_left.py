@@ -42,8 +42,8 @@ class NoTokenLeftRouter(TopKRouter):
             for all. A round in which nobody asks is not run. Defaults to `None`.
         normalize: Whether the weights of a token sum to 1 before drops. Defaults to `True`.
         score: `"softmax"` or `"sigmoid"`. Defaults to `"softmax"`.
-        **kwargs: Arguments of `TopKRouter`: `losses`, `jitter`, `use_bias`, `kernel_initializer`,
-            `kernel_regularizer`, `kernel_constraint`, `seed`.
+        **kwargs: Arguments of `TopKRouter`: `losses`, `jitter`, `use_bias`, `global_balance`,
+            `kernel_initializer`, `kernel_regularizer`, `kernel_constraint`, `seed`.
 
     Example:
 

@@ -34,9 +34,10 @@ class NoisyTopKRouter(NoisyRouter):
         top_k: Integer between 1 and `num_experts`. Defaults to `2`.
         kernel_initializer: Initializer of both kernels. Defaults to `"zeros"`, so that noise alone
             decides at first (the paper's).
-        **kwargs: Arguments of `LinearRouter`: `losses`, `jitter`, `use_bias`, `kernel_regularizer`,
-            `kernel_constraint`, `seed`. In `losses`, `"importance"` and `"load"` are 0.1 by default
-            (the paper's; without a load loss where k is E), the others 0.
+        **kwargs: Arguments of `LinearRouter`: `losses`, `jitter`, `use_bias`, `global_balance`,
+            `kernel_regularizer`, `kernel_constraint`, `seed`. In `losses`, `"importance"` and
+            `"load"` are 0.1 by default (the paper's; without a load loss where k is E), the others
+            0.
 
     Reference:
         Shazeer et al. 2017, "Outrageously Large Neural Networks", section 2.1 and appendix A.

@@ -37,9 +37,9 @@ class ReLURouter(LinearRouter):
         rate: Number above 1, what lambda changes by. Defaults to `1.2` (the paper's).
         update_every: Positive integer, the training batches per change of lambda: the
             `gradient_accumulation_steps` of an optimizer that has them. Defaults to `1`.
-        **kwargs: Arguments of `LinearRouter`: `losses`, `jitter`, `use_bias`, `kernel_initializer`,
-            `kernel_regularizer`, `kernel_constraint`, `seed`. The `losses` are 0 by
-            default: the penalty balances.
+        **kwargs: Arguments of `LinearRouter`: `losses`, `jitter`, `use_bias`, `global_balance`,
+            `kernel_initializer`, `kernel_regularizer`, `kernel_constraint`, `seed`. The `losses`
+            are 0 by default: the penalty balances.
 
     Reference:
         Wang et al. 2024, "ReMoE: Fully Differentiable Mixture-of-Experts with ReLU Routing",
@@ -107,6 +107,7 @@ class ReLURouter(LinearRouter):
         l1 = penalty * ops.sum(fractions * masked_sum(gates, mask)) / count
         if training and self.trainable and not backend.current.is_recomputing():
             excess = ops.sum(load) - self.target_experts * count  # over the assignments aimed for
+            (excess,) = backend.current.sum_over_replicas([excess])
             sums, is_due = self._pending.add(ops.reshape(excess, (1,)))
             self.penalty.assign(penalty * ops.power(self.rate, is_due * ops.sign(sums[0])))
         return Decision(

@@ -9,6 +9,7 @@ from keras_moe.core import checks
 from keras_moe.core.numerics import LOWEST
 from keras_moe.core.records import Routing
 from keras_moe.core.types import Config, Shape, Tensor
+from keras_moe.dispatch import backend
 from keras_moe.routers.pending import PendingSums
 from keras_moe.routers.selection import select_top_k
 from keras_moe.routers.top_k import TopKRouter
@@ -43,10 +44,10 @@ class SigmoidBiasRouter(TopKRouter):
             None for all groups. Defaults to `None`; DeepSeek-V3 has 4.
         normalize: Whether the scores of the chosen are divided by their sum. Defaults to `True`.
         score: `"sigmoid"` or `"softmax"`. Defaults to `"sigmoid"`.
-        **kwargs: Arguments of `TopKRouter`: `losses`, `jitter`, `use_bias`, `kernel_initializer`,
-            `kernel_regularizer`, `kernel_constraint`, `seed`. The `losses` are 0 by
-            default: the bias balances. The balance loss takes each expert's share of a token's
-            scores.
+        **kwargs: Arguments of `TopKRouter`: `losses`, `jitter`, `use_bias`, `global_balance`,
+            `kernel_initializer`, `kernel_regularizer`, `kernel_constraint`, `seed`. The `losses`
+            are 0 by default: the bias balances. The balance loss takes each expert's share of a
+            token's scores.
 
     Raises:
         ValueError: where groups do not divide the experts, or hold too few for `top_k`.
@@ -115,7 +116,8 @@ class SigmoidBiasRouter(TopKRouter):
 
     def adapt(self, routing: Routing) -> None:
         if self.trainable and self.bias_update_rate:
-            load, is_due = self._pending.add(routing.load)
+            (load,) = backend.current.sum_over_replicas([routing.load])
+            load, is_due = self._pending.add(load)
             is_short = ops.sign(ops.mean(load) - load)
             self.bias.assign(self.bias + self.bias_update_rate * is_due * is_short)
 

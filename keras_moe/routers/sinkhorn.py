@@ -28,9 +28,9 @@ class SinkhornRouter(LinearRouter):
         num_experts: Positive integer, the number of experts E.
         top_k: Integer between 1 and `num_experts`. Defaults to `1` (the papers').
         iterations: Positive integer, how often both factors are computed. Defaults to `8`.
-        **kwargs: Arguments of `LinearRouter`: `losses`, `jitter`, `use_bias`, `kernel_initializer`,
-            `kernel_regularizer`, `kernel_constraint`, `seed`. The `losses` are 0 by
-            default: the assignment is balanced.
+        **kwargs: Arguments of `LinearRouter`: `losses`, `jitter`, `use_bias`, `global_balance`,
+            `kernel_initializer`, `kernel_regularizer`, `kernel_constraint`, `seed`. The `losses`
+            are 0 by default: the assignment is balanced.
 
     Reference:
         Clark et al. 2022, "Unified Scaling Laws for Routed Language Models", section 3.1 and

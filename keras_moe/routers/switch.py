@@ -20,8 +20,8 @@ class SwitchRouter(LinearRouter):
         num_experts: Positive integer, the experts E to choose from.
         jitter: Float in [0, 1), the half-width of the multiplicative input noise. Defaults to
             `0.01` (the paper's).
-        **kwargs: Arguments of `LinearRouter`: `losses`, `use_bias`, `kernel_initializer`,
-            `kernel_regularizer`, `kernel_constraint`, `seed`.
+        **kwargs: Arguments of `LinearRouter`: `losses`, `use_bias`, `global_balance`,
+            `kernel_initializer`, `kernel_regularizer`, `kernel_constraint`, `seed`.
 
     Reference:
         Fedus et al. 2021, "Switch Transformers", section 2.

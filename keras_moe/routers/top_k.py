@@ -31,8 +31,8 @@ class TopKRouter(LinearRouter):
             sigmoid and `MoE(weigh="inputs")`). Defaults to `True`.
         score: `"softmax"`, over all experts, or `"sigmoid"`, each expert's own. The balance loss
             then takes each expert's share of a token's scores. Defaults to `"softmax"`.
-        **kwargs: Arguments of `LinearRouter`: `losses`, `jitter`, `use_bias`, `kernel_initializer`,
-            `kernel_regularizer`, `kernel_constraint`, `seed`.
+        **kwargs: Arguments of `LinearRouter`: `losses`, `jitter`, `use_bias`, `global_balance`,
+            `kernel_initializer`, `kernel_regularizer`, `kernel_constraint`, `seed`.
 
     Example:
 
