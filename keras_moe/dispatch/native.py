@@ -67,6 +67,14 @@ def is_good(dtype: str, is_known: bool = True) -> bool:
     return _problem(keras.backend.backend(), dtype) is None
 
 
+def problem(dtype: str) -> str | None:
+    """Says why "auto" leaves the native grouped matmul out for any number of rows, or None."""
+    module = _module()
+    if module is not None and not module.may_have_grouped_matmul(True):
+        return "this kind of device has none that beats a walk."
+    return _problem(keras.backend.backend(), dtype)
+
+
 @functools.cache
 def _problem(backend_name: str, dtype: str) -> str | None:
     """Says what is wrong with the native grouped matmul, or None."""
