@@ -107,6 +107,9 @@ def report(
     )
     with count_routing(model) as counts:
         findings.records |= records_of(model, x, batch_size, SPARSE, SOFT, GATES)
+    # As the data met them: a subclassed model lists its layers by their attributes.
+    met = [id(record.layer) for record in findings.records.values()]
+    named.sort(key=lambda pair: met.index(id(pair[1])) if id(pair[1]) in met else len(met))
     summaries = [summarize(name, layer, counts[name], last) for name, layer in named]
     parts = [tables.lead(model, count, findings.labels, summaries), *tables.overview(summaries)]
     parts += overview_parts(findings, summaries)

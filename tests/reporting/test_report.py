@@ -222,3 +222,25 @@ def test_errors(tmp_path, monkeypatch):
     with pytest.raises(ImportError, match=r'pip install "\.\[plot\]"'):
         keras_moe.report(model, x, tmp_path / "p.html")
     assert not list(tmp_path.iterdir())
+
+
+def test_layers_are_in_the_order_in_which_data_meets_them(tmp_path):
+    class Backwards(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.last = layers.MMoE(2, [8], tasks=2, name="last")
+            self.middle = layers.SoftMoE(2, 4, name="middle")
+            self.first = layers.MoE(2, 4, name="first")
+
+        def call(self, inputs):
+            return self.last(self.middle(self.first(inputs))[:, 0])
+
+    model = Backwards()
+    tokens = IMAGES.reshape(-1, 4, 4)[:40]
+    model(tokens)
+    page = Page(keras_moe.report(model, tokens, tmp_path / "page.html"))
+    headings = re.findall(r"<h2[^>]*>(.*?)</h2>", page.source)
+    order = [
+        name for heading in headings for name in ("first", "middle", "last") if name in heading
+    ]
+    assert order == ["first", "middle", "last"]
