@@ -8,6 +8,7 @@ from keras import ops
 from keras_moe.core.numerics import LOWEST
 from keras_moe.core.records import Routing
 from keras_moe.core.types import Config, Size, Tensor
+from keras_moe.dispatch import backend
 from keras_moe.dispatch.dispatcher import Dispatcher, ExpertBank, needed
 from keras_moe.dispatch.layout import wide_dtype
 
@@ -81,7 +82,7 @@ class ExpertChoiceDispatcher(Dispatcher):
         if not self.weighs_inputs:
             sums = _weighed(sums, weights)
         sums = ops.reshape(sums, (-1, outputs.shape[-1]))
-        sums = ops.segment_sum(sums, ops.reshape(source, (-1,)), num_segments=count)
+        sums = backend.current.segment_sum(sums, ops.reshape(source, (-1,)), num_segments=count)
         return ops.cast(sums, outputs.dtype)
 
     def get_config(self) -> Config:
@@ -114,7 +115,7 @@ def _as_mask(source: Tensor, is_filled: Tensor, count: Size) -> Tensor:
     """Mask of the experts that chose a token, bool `(N, E)`."""
     num_experts = source.shape[0]
     place = source + ops.expand_dims(ops.arange(num_experts, dtype="int32") * count, -1)
-    times = ops.segment_sum(
+    times = backend.current.segment_sum(
         ops.reshape(ops.cast(is_filled, "int32"), (-1,)),
         ops.reshape(place, (-1,)),
         num_segments=num_experts * count,

@@ -101,7 +101,7 @@ def sequence_balance_loss(
         return ops.zeros((), dtype="float32")
     num_experts = probabilities.shape[-1]
     sequence = _sequence_of(probabilities, num_sequences)
-    load = ops.segment_sum(
+    load = backend.current.segment_sum(
         ops.reshape(ops.cast(is_chosen, "float32"), (-1,)),
         ops.reshape(experts + num_experts * ops.expand_dims(sequence, -1), (-1,)),
         num_segments=num_experts * num_sequences,
@@ -127,7 +127,7 @@ def _sums_of_sequences(
     """The sums of `(N, E)` over each sequence's real tokens, and how many these are."""
     is_token = ops.ones_like(sequence, dtype="bool") if mask is None else mask
     real, sums = (
-        ops.segment_sum(each, sequence, num_segments=num_sequences)
+        backend.current.segment_sum(each, sequence, num_segments=num_sequences)
         for each in (
             ops.cast(is_token, "float32"),
             ops.where(ops.expand_dims(is_token, -1), values, 0.0),

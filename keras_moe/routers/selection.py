@@ -5,6 +5,7 @@ from keras import ops
 from keras_moe.core.exporting import is_exporting
 from keras_moe.core.numerics import LOWEST
 from keras_moe.core.types import Tensor
+from keras_moe.dispatch import backend
 
 _TAKEN = -3.4028e38  # float32 has nothing much below
 _LEAST = 1e-20
@@ -66,7 +67,7 @@ def load_of(experts: Tensor, is_taken: Tensor, num_experts: int) -> Tensor:
     taken = ops.cast(is_taken, "float32")
     if is_exporting():  # no export format of PyTorch adds up segments
         return ops.sum(spread(taken, experts, num_experts), axis=0)
-    return ops.segment_sum(
+    return backend.current.segment_sum(
         ops.reshape(taken, (-1,)), ops.reshape(experts, (-1,)), num_segments=num_experts
     )
 

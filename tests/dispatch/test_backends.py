@@ -96,3 +96,14 @@ def test_inference_without_any_engine(tmp_path):
     found = np.load(tmp_path / "found.npz")
     for name, arguments in ARGUMENTS.items():
         helpers.assert_close(found[name], outputs_of(arguments), name)
+
+
+@pytest.mark.parametrize("shape", [(7,), (7, 3), (0, 3)])
+def test_the_sums_by_segment_are_those_of_keras(shape):
+    values = np.random.default_rng(0).normal(size=shape).astype("float32")
+    segments = np.array([2, 0, 2, 4, 4, 4, 0][: len(values)], "int32")
+    expected = np.zeros((5, *shape[1:]), "float32")
+    np.add.at(expected, segments, values)
+    tensors = [ops.convert_to_tensor(values), ops.convert_to_tensor(segments)]
+    found = ops.convert_to_numpy(backend.current.segment_sum(*tensors, 5))
+    np.testing.assert_allclose(found, expected, rtol=1e-6)

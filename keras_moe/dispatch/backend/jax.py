@@ -33,6 +33,7 @@ from keras_moe.dispatch.backend.portable import (  # noqa: F401
     is_recomputing,
     is_traced_for_export,
     reach,
+    segment_sum,
     sort_for_export,
     sum_over_replicas,
     without_autocast,

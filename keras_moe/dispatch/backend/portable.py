@@ -174,6 +174,11 @@ def sum_over_devices(value: Tensor, axes: tuple[str, ...]) -> Tensor:
     raise NotImplementedError("Keras divides nothing among devices on this backend.")
 
 
+def segment_sum(values: Tensor, segments: Tensor, num_segments: Size) -> Tensor:
+    """The sums of entries `(n, ...)` by the segment `(n,)` that each belongs to."""
+    return ops.segment_sum(values, segments, num_segments=num_segments)
+
+
 def sum_over_replicas(values: Sequence[Tensor]) -> Sequence[Tensor]:
     """The sums of float32 values over the replicas of a data-parallel training, without gradient.
 

@@ -519,6 +519,15 @@ def value_and_gradients(function: Callable[..., Tensor], *arguments: Tensor) -> 
         return value.detach(), torch.autograd.grad((value**2).sum(), leaves)
 
 
+def segment_sum(values: Tensor, segments: Tensor, num_segments: int) -> Tensor:
+    """The sums of entries `(n, ...)` by the segment `(n,)` that each belongs to.
+
+    Keras's (3.15.1) waits for the device: it repeats entries by numbers that are on it.
+    """
+    sums = values.new_zeros((num_segments, *values.shape[1:]))
+    return sums.index_add(0, segments, values)
+
+
 def sum_over_replicas(values: Sequence[Tensor]) -> Sequence[Tensor]:
     """The sums of float32 values over the ranks of `torch.distributed`, without gradient."""
     distributed = torch.distributed

@@ -33,6 +33,7 @@ from keras_moe.dispatch.backend.portable import (  # noqa: F401
     may_have_grouped_matmul,
     on_each_device,
     reach,
+    segment_sum,
     sort_for_export,
     sum_over_devices,
     value_and_gradients,
