@@ -8,7 +8,8 @@ BENCH := .venv-benchmarks
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TFRS := TF_USE_LEGACY_KERAS=1 KERAS_BACKEND=tensorflow
-PYTEST := $(BIN)/python -m pytest -n 2
+# One worker runs all tests of an `xdist_group`, which share what a process of their own has found.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
 .PHONY: demo vision text tune study-movies study-images study-text study-tune benchmarks benchmarks-table router-table hooks check test test-everywhere lint docs test-jax test-tensorflow test-torch test-tfrs test-once test-docs test-extras test-lowest constraints clean

@@ -36,9 +36,10 @@ def run_stages(rows: Tensor, ends: Tensor, stages: Sequence[Stage]) -> Tensor:
     expert_of = ops.searchsorted(ends, ops.arange(ops.shape(rows)[0], dtype="int32"), side="right")
     expert_of = ops.minimum(ops.cast(expert_of, "int32"), ends.shape[0] - 1)
     for stage in stages:
-        sums = [native.matmul(rows, kernel, ends) for kernel in stage.kernels]
+        kernels = [ops.cast(kernel, rows.dtype) for kernel in stage.kernels]
+        sums = [native.matmul(rows, kernel, ends) for kernel in kernels]
         if stage.biases:
-            by_row = [ops.take(bias, expert_of, axis=0) for bias in stage.biases]
+            by_row = [ops.cast(ops.take(b, expert_of, axis=0), rows.dtype) for b in stage.biases]
             sums = [total + bias for total, bias in zip(sums, by_row, strict=True)]
         rows = sums[0] if stage.activation is None else stage.activation(*sums)
         if stage.scale is not None:

@@ -62,6 +62,9 @@ class Slots(NamedTuple):
 class Stage(NamedTuple):
     """One layer of every expert: rows -> activation(rows @ kernel + bias, ...) * scale.
 
+    Under a mixed precision a walk gets the variables as they are, and casts those of an expert that
+    has rows: few tokens read the weights of few experts.
+
     Attributes:
         kernels: `(E, in, out)` each: one, or two where the activation takes two (gate and value).
         biases: `(E, out)` for each kernel, or an empty tuple.

@@ -6,6 +6,7 @@ from typing import Any
 
 import keras
 from keras import ops
+from keras.src.backend import AutocastScope
 
 from keras_moe.core import checks
 from keras_moe.core.constraints import per_expert
@@ -189,7 +190,8 @@ class ExpertMLP(SavesSeed):
     ) -> Tensor:
         inputs = as_float(inputs, self.compute_dtype)
         if rows is not None:
-            stages = self._stages()
+            with AutocastScope(None):  # only experts that have rows are cast, one by one
+                stages = self._stages()
             if training and self.seed_generator is not None:
                 stages = self._with_dropout(stages, ops.shape(rows.slots.assignment)[0])
             walk = grouped_walk if rows.is_grouped else backend.current.walk
@@ -261,8 +263,8 @@ class ExpertMLP(SavesSeed):
                 biases = [self._gate_biases[index], *biases]
             stages.append(
                 Stage(
-                    kernels=tuple(ops.convert_to_tensor(kernel) for kernel in kernels),
-                    biases=tuple(ops.convert_to_tensor(b) for b in biases if b is not None),
+                    kernels=tuple(ops.convert_to_tensor(k.value) for k in kernels),
+                    biases=tuple(ops.convert_to_tensor(b.value) for b in biases if b is not None),
                     activation=activation,
                 )
             )

@@ -1,6 +1,7 @@
 """JAX's grouped matmul for a GPU: its values without one, and that it compiles for one."""
 
 import os
+import types
 
 import keras
 import numpy as np
@@ -251,3 +252,21 @@ def triton_programs(module):
     with context:
         ir.Module.parse(module).operation.walk(visit)
     return count
+
+
+@pytest.mark.parametrize("capability", ["7.5", "gfx942"])
+def test_a_card_without_kernels_is_named_once_and_takes_a_walk(capability, monkeypatch):
+    card = types.SimpleNamespace(compute_capability=capability, device_kind="Old Card")
+    has_tensor_cores = backend.current._has_tensor_cores
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [card])
+    has_tensor_cores.cache_clear()
+    try:
+        with pytest.warns(
+            UserWarning, match=f"not for Old Card, {capability}: experts run one"
+        ) as said:
+            assert not backend.current.may_have_grouped_matmul(True)
+            assert not backend.current.may_have_grouped_matmul(True)
+        assert len(said) == 1
+    finally:
+        has_tensor_cores.cache_clear()

@@ -1,4 +1,4 @@
-"""Runs mixtures on one device and divided among four; prints JSON.
+"""Runs mixtures on one device and divided among several; prints JSON.
 
 Run in a process of its own: devices cannot be added to one that has begun.
 """
@@ -10,7 +10,7 @@ import sys
 
 os.environ["KERAS_BACKEND"] = "jax"
 os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=4"
+    "--xla_force_host_platform_device_count=8"
     " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"  # run only once
 )
 
@@ -77,7 +77,7 @@ def placements():
     """Distributions by name, made anew: one that is in force keeps what it has seen."""
     return {
         "alone": None,
-        "batch": distribution.DataParallel(),
+        "batch": distribution.DataParallel(devices=distribution.list_devices()[:4]),
         "experts": keras_moe.distribution.expert_parallel(),
         "both": keras_moe.distribution.expert_parallel(data=2),
     }
@@ -158,9 +158,23 @@ def part(index, count):
     return slice(index * BATCH // count, (index + 1) * BATCH // count)
 
 
+# Other names' experts are divided, or left alone, by what these show.
+BY_BOTH = (
+    "default",
+    "gated, shared",
+    "all losses",
+    "weighed inputs",
+    "Keras layers",
+    "ample capacity",
+    "grouped",
+    "padded blocks",
+    "soft",
+)
+
 result = {}
 for name, make in DROPLESS.items():
-    result[name] = {place: ran(make, d) for place, d in placements().items() if place != "experts"}
+    places = ["alone", "batch", *(["both"] if name in BY_BOTH else [])]
+    result[name] = {place: ran(make, placements()[place]) for place in places}
 result["default"]["experts"] = ran(DROPLESS["default"], placements()["experts"])
 result["capacity"] = {
     place: ran(lambda: layers.MoE(E, HIDDEN, capacity_factor=2.0, dispatch="slots"), distribution_)

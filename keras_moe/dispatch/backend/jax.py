@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -149,7 +150,7 @@ def _walk(
     outputs = jnp.zeros((token_of.shape[0], widths[-1][0]), tokens.dtype)
     wide = jnp.promote_types(tokens.dtype, jnp.float32)
     (outputs, kept), _ = _over_blocks(
-        block, static.block_sizes, ends, layers, (outputs, kept), (), wide
+        block, static.block_sizes, ends, layers, (outputs, kept), (), tokens.dtype, wide
     )
     by_choice = zip(_by_choice(outputs, slots, weights), weights.T, strict=True)
     sums = sum(chosen.astype(wide) * weight[:, None] for chosen, weight in by_choice)
@@ -205,6 +206,7 @@ def _gradients(
         layers,
         start,
         jax.tree.map(jnp.zeros_like, layers),
+        tokens.dtype,
         tape.wide,
     )
     grad_tokens = sum(chosen.astype(tape.wide) for chosen in _by_choice(grad_rows, slots, weights))
@@ -346,6 +348,7 @@ def _over_blocks(
     state: Any,
     totals: Any,
     dtype: Any,
+    wide: Any,
 ) -> tuple[Any, Any]:
     """Folds over blocks of rows, expert by expert: large blocks while they pay, then smaller ones.
 
@@ -357,7 +360,8 @@ def _over_blocks(
         layers: the layers of all experts.
         state: what blocks read and write.
         totals: a tree of `(E, ...)`, what blocks add up for each expert.
-        dtype: what they are added up in.
+        dtype: what an expert's layers are cast to.
+        wide: what the totals are added up in.
 
     Returns:
         The last state, and the totals.
@@ -371,8 +375,8 @@ def _over_blocks(
         index = busy[place]
         end = ends[index]
         take = partial(lax.dynamic_index_in_dim, index=index, axis=0, keepdims=False)
-        expert = jax.tree.map(take, layers)
-        sums = jax.tree.map(lambda total: jnp.zeros(total.shape[1:], dtype), totals)
+        expert = jax.tree.map(lambda bank: take(bank).astype(dtype), layers)
+        sums = jax.tree.map(lambda total: jnp.zeros(total.shape[1:], wide), totals)
         loop = (starts[index], state, sums)
         for size in sizes:
             # A larger block is worth it if smaller ones would compute as many rows.
@@ -482,7 +486,14 @@ def _has_tensor_cores() -> bool:
         return False
     device = jax.devices()[0]
     capability = str(getattr(device, "compute_capability", "0"))  # of AMD's: a name, as "gfx942"
-    return capability.replace(".", "").isdigit() and float(capability) >= 8.0
+    if capability.replace(".", "").isdigit() and float(capability) >= 8.0:
+        return True
+    warnings.warn(  # once, as the result is kept
+        "keras_moe has kernels for NVIDIA GPUs from Ampere on, compute capability 8.0, and not for "
+        f"{device.device_kind}, {capability}: experts run one after another, right and slower.",
+        stacklevel=2,
+    )
+    return False
 
 
 def eagerly(function: Callable[[], Any]) -> Any:

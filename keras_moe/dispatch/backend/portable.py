@@ -36,12 +36,14 @@ def walk(tokens: Tensor, rows: Rows, stages: Sequence[Stage]) -> Tensor:
     token_of = ops.minimum(slots.assignment, count * top_k - 1) % count
     hidden = ops.take(tokens, token_of, axis=0)
     for stage in stages:
-        sums = [grouped_matmul(hidden, kernel, ends) for kernel in stage.kernels]
-        if stage.biases:
+        kernels, biases = (
+            [ops.cast(each, tokens.dtype) for each in weights_of]
+            for weights_of in (stage.kernels, stage.biases)
+        )
+        sums = [grouped_matmul(hidden, kernel, ends) for kernel in kernels]
+        if biases:
             experts = _expert_of(hidden, ends)
-            sums = [
-                s + ops.take(b, experts, axis=0) for s, b in zip(sums, stage.biases, strict=True)
-            ]
+            sums = [s + ops.take(b, experts, axis=0) for s, b in zip(sums, biases, strict=True)]
         hidden = sums[0] if stage.activation is None else stage.activation(*sums)
         hidden = hidden if stage.scale is None else hidden * stage.scale
     slot_of = ops.reshape(slots.slot_of, (top_k, count))

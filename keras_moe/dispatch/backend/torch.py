@@ -160,13 +160,14 @@ class _GroupedLinear(torch.autograd.Function):
             if needs_inputs:
                 for index, (part, kernel) in enumerate(zip(parts, kernels, strict=True)):
                     # With beta 0, what stands there is ignored, even NaN.
-                    grad_rows[start:end].addmm_(part, kernel[expert].T, beta=min(index, 1))
+                    kernel_of = kernel[expert].to(part.dtype)
+                    grad_rows[start:end].addmm_(part, kernel_of.T, beta=min(index, 1))
             if needs_weights:
                 rows = _rows(inputs, slots, start, end)
                 for part, grad_kernel in zip(parts, grad_kernels, strict=True):
-                    torch.mm(rows.T, part, out=grad_kernel[expert])
+                    _mm(rows.T, part, grad_kernel[expert])
                 for part, grad_bias in zip(parts, grad_biases, strict=False):
-                    torch.sum(part, dim=0, out=grad_bias[expert])
+                    torch.sum(part, dim=0, dtype=grad_bias.dtype, out=grad_bias[expert])
         if needs_inputs:
             grad_inputs = _sums(grad_rows, slots[1]) if slots else grad_rows
         return (
@@ -227,15 +228,16 @@ class _LinearCombine(torch.autograd.Function):
         for expert, start, end in _busy(ctx.bounds):
             rows, grad_rows = hidden[start:end], grad_hidden[start:end]
             grad_outputs = upstream.index_select(0, token_of[start:end])
-            torch.mm(grad_outputs, kernel[expert].T, out=grad_rows)
+            torch.mm(grad_outputs, kernel[expert].T.to(grad_rows.dtype), out=grad_rows)
             grad_weight[start:end] = torch.linalg.vecdot(rows.to(wide), grad_rows.to(wide))
             if bias is not None:
-                grad_weight[start:end] += grad_outputs.to(wide) @ bias[expert].to(wide)
+                bias_of = bias[expert].to(hidden.dtype).to(wide)
+                grad_weight[start:end] += grad_outputs.to(wide) @ bias_of
             grad_rows.mul_(weight_of[start:end])
             grad_outputs.mul_(weight_of[start:end])
-            torch.mm(rows.T, grad_outputs, out=grad_kernel[expert])
+            _mm(rows.T, grad_outputs, grad_kernel[expert])
             if grad_bias is not None:
-                torch.sum(grad_outputs, dim=0, out=grad_bias[expert])
+                torch.sum(grad_outputs, dim=0, dtype=grad_bias.dtype, out=grad_bias[expert])
         grad_weights = grad_weight[slot_of].t().to(weights.dtype)
         return grad_hidden, grad_kernel, grad_bias, grad_weights, None, None, None, None
 
@@ -306,8 +308,8 @@ def _plain_linear(
     kernels, biases = kernel.unbind(), None if bias is None else bias.unbind()
     parts = [rows.new_zeros(0, kernel.shape[-1])]
     for expert, start, end in _busy(bounds):
-        sums = rows[start:end] @ kernels[expert]
-        parts.append(sums if biases is None else sums + biases[expert])
+        sums = rows[start:end] @ kernels[expert].to(rows.dtype)
+        parts.append(sums if biases is None else sums + biases[expert].to(rows.dtype))
     used = bounds[-1][1]
     return torch.cat([*parts, rows.new_zeros(rows.shape[0] - used, kernel.shape[-1])])
 
@@ -372,10 +374,19 @@ def _rows(inputs: Tensor, slots: Sequence[Tensor], start: int, end: int) -> Tens
 
 
 def _linear(rows: Tensor, kernel: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    kernel = kernel.to(rows.dtype)
     if bias is None:
         torch.mm(rows, kernel, out=out)
     else:
-        torch.addmm(bias, rows, kernel, out=out)
+        torch.addmm(bias.to(rows.dtype), rows, kernel, out=out)
+
+
+def _mm(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """left @ right into `out`, which may have another dtype."""
+    if out.dtype == left.dtype:
+        torch.mm(left, right, out=out)
+    else:
+        out.copy_(left @ right)
 
 
 def _by_slot(weights: Tensor, assignment: Tensor) -> Tensor:

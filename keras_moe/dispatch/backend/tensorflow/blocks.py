@@ -106,7 +106,7 @@ def _linear(
         return _over_blocks(block, sizes, expert, start, end, sums)
 
     sums = tuple(_zeros(each.shape[-1], ends, rows) for each in kernels)
-    return _over_experts(over_blocks, ends, (kernels, biases), sums)
+    return _over_experts(over_blocks, ends, (kernels, biases), rows.dtype, sums)
 
 
 def _linear_backward(
@@ -157,12 +157,19 @@ def _linear_backward(
         grad_weight_of,
         tf.nest.map_structure(tf.zeros_like, weights),
     )
-    grad_rows, grad_weight_of, grad_weights = _over_experts(over_blocks, ends, weights, carry)
+    grad_rows, grad_weight_of, grad_weights = _over_experts(
+        over_blocks, ends, weights, rows.dtype, carry
+    )
     return grad_rows, *grad_weights, None if weight is None else grad_weight_of
 
 
-def _over_experts(step: Callable[..., Any], ends: Tensor, weights: Any, carry: Any) -> Any:
-    """Folds over the experts that have rows; the weights of each are copied once, not per block."""
+def _over_experts(
+    step: Callable[..., Any], ends: Tensor, weights: Any, dtype: Any, carry: Any
+) -> Any:
+    """Folds over the experts that have rows.
+
+    The weights of each are copied, and cast to a dtype, once and not per block.
+    """
     starts = starts_of(ends)
     has_rows = ends > starts
     # Those with rows first, in order.
@@ -173,6 +180,7 @@ def _over_experts(step: Callable[..., Any], ends: Tensor, weights: Any, carry: A
         start, end, *expert = tf.nest.map_structure(
             lambda all_: tf.squeeze(_slice(all_, index, 1), axis=0), (starts, ends, *weights)
         )
+        expert = tf.nest.map_structure(lambda each: tf.cast(each, dtype), expert)
         return step(expert, index, start, end, carry)
 
     return over_indices(tf.reduce_sum(tf.cast(has_rows, tf.int32)), body, carry)

@@ -34,7 +34,8 @@ def forward(static: Static, tokens: Tensor, route: Route, experts: Experts) -> t
 
     def body(index: Tensor, carry: Any) -> Any:
         span = slice(starts[index], route.ends[index])
-        hidden, sums = apply(static, _expert(experts, index, span), rows[span], linear)
+        expert = _expert(experts, index, span, rows.dtype)
+        hidden, sums = apply(static, expert, rows[span], linear)
         weighted = tf.cast(hidden, dtype) * tf.cast(route.weight_of[span], dtype)
         return tf.nest.map_structure(partial(_put, index), carry, (weighted, sums))
 
@@ -67,7 +68,7 @@ def backward(
         before = tf.nest.map_structure(lambda all_: all_[span], sums)
         grad_row, grad_weight, grad_expert = apply_backward(
             static,
-            _expert(experts, index, span),
+            _expert(experts, index, span, rows.dtype),
             rows[span],
             before,
             upstream[span],
@@ -120,8 +121,8 @@ def _summed(rows: Tensor, route: Route) -> Tensor:
     return total
 
 
-def _expert(experts: Experts, index: Tensor, span: slice) -> Experts:
-    kernels, biases = tf.nest.map_structure(lambda all_: all_[index], experts[:2])
+def _expert(experts: Experts, index: Tensor, span: slice, dtype: Any) -> Experts:
+    kernels, biases = tf.nest.map_structure(lambda all_: tf.cast(all_[index], dtype), experts[:2])
     return Experts(
         kernels, biases, tf.nest.map_structure(lambda scale: scale[span], experts.scales)
     )
