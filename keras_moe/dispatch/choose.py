@@ -145,8 +145,9 @@ def choose(asked: Dispatcher | None, experts: ExpertBank, sizes: Sizes) -> Dispa
     """
     if isinstance(asked, ExpertChoiceDispatcher):
         return ExpertChoiceDispatcher(sizes.weighs_inputs)
-    taken = _choose(asked, experts, sizes.of_rows())
-    return WeighedInputs(taken) if sizes.weighs_inputs else taken
+    if sizes.weighs_inputs:
+        return WeighedInputs(_choose(asked, experts, sizes.of_rows()))
+    return _choose(asked, experts, sizes)
 
 
 def _choose(asked: Dispatcher | None, experts: ExpertBank, sizes: Sizes) -> Dispatcher:

@@ -172,7 +172,7 @@ def divided(
 def _division_of(experts: Any, examples: Size) -> Division | None:
     """The division of a call by the distribution in force; None where nothing is to be divided."""
     distribution = keras.distribution.distribution()
-    if distribution is None or not backend.current.DIVIDES or is_exporting():
+    if distribution is None or is_exporting():
         return None
     mesh, batch = distribution.device_mesh, distribution.batch_dim_name
     axes = [distribution.get_variable_layout(weight).axes for weight in experts.weights]

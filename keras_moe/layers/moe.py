@@ -332,7 +332,9 @@ class MoE(AddsRouterLosses, ExpertFeedForward):
         decision, routing = self._route(tokens, mask, axes, training, token_ids)
         losses = self._add_losses(decision)
         run = partial(self._run_experts, training=training)
-        outputs, kept = divided(run, self, tokens, routing, axes)
+        if backend.current.DIVIDES:  # among the devices of a distribution, if there is one
+            run = partial(divided, run, self)
+        outputs, kept = run(tokens, routing, axes)
         asked = kept if self.router.chooses_tokens else routing.asked
         routing = routing._replace(kept=kept, asked=asked)
         if self._is_counted(training):
