@@ -1,8 +1,8 @@
 """Multi-gate mixture of experts for multi-task learning."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import keras
 from keras import ops
@@ -27,8 +27,16 @@ from keras_moe.layers.freezing import FreezesParts, freeze_parts
 from keras_moe.layers.rematerialization import RematerializesExperts
 from keras_moe.layers.sublayers import adopt, build_once, config_of, name_or_default
 from keras_moe.layers.tokens import flat_mask, zero_where_padded
+from keras_moe.routers import router_gate
+from keras_moe.routers.gates import Gate, LinearGate, checked_access
 from keras_moe.routers.loss_weights import refuse_loss_weights
+from keras_moe.routers.router_gate import RouterGate
+from keras_moe.routers.sigmoid_gate import SigmoidGate
 from keras_moe.routers.softmax_gate import SoftmaxGate
+
+GateLike: TypeAlias = Gate | str | Config | Callable[..., Gate]
+
+_BANKS: dict[str, type[LinearGate]] = {"softmax": SoftmaxGate, "sigmoid": SigmoidGate}
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -47,14 +55,20 @@ class MMoE(FreezesParts, RematerializesExperts, NamesSizes):
         activation: Activation of every expert layer. Defaults to `"relu"`.
         use_bias: Whether experts have biases. Defaults to `True`.
         dropout: Float in [0, 1), dropout after each expert layer. Defaults to `0.0`.
-        gate: `"softmax"`, a config or a `keras_moe.routers.SoftmaxGate`, which then brings its own
-            dropout and bias. Defaults to `"softmax"`.
+        gate: `"softmax"`, `"sigmoid"` (each expert's own weight), a router's name for a choice per
+            example, as `"top_k"`, `"noisy_top_k"` or `"dselect_k"` (see
+            `keras_moe.routers.RouterGate`), a config, a `keras_moe.routers.Gate`, which then brings
+            its own dropout, bias and access, or a function of the experts E, the tasks and the
+            access that returns one. Defaults to `"softmax"`.
         gate_units: Sequence of positive integers, hidden layers of each gate with `activation` and
             biases; empty for linear gates (the paper's). Defaults to `()`.
         gate_dropout: Float in [0, 1), the probability that in training an expert is left out of a
             gate, whose other weights are scaled to sum to 1. Zhao et al. 2019 use 0.1 against gates
             that settle on one expert. Defaults to `0.0`.
         gate_use_bias: Whether each gate has a bias per expert. Defaults to `False` (the paper's).
+        access: Optional bools `(tasks, experts)`, or a dict from a task's name to the numbers of
+            its experts: what a task may take. Of others it takes exactly nothing, and gives them
+            no gradient. Defaults to `None`, all of them.
         kernel_initializer: Initializer of one expert's kernels. Defaults to `"glorot_uniform"`.
         bias_initializer: Initializer of one expert's biases. Defaults to `"zeros"`.
         gate_initializer: Initializer of one task's gate kernel. Defaults to `"glorot_uniform"`.
@@ -113,10 +127,11 @@ class MMoE(FreezesParts, RematerializesExperts, NamesSizes):
         activation: Activation = "relu",
         use_bias: bool = True,
         dropout: float = 0.0,
-        gate: SoftmaxGate | str | Config = "softmax",
+        gate: GateLike = "softmax",
         gate_units: Sequence[int] = (),
         gate_dropout: float = 0.0,
         gate_use_bias: bool = False,
+        access: Sequence[Sequence[bool]] | Mapping[str, Sequence[int]] | None = None,
         kernel_initializer: InitializerLike = "glorot_uniform",
         bias_initializer: InitializerLike = "zeros",
         gate_initializer: InitializerLike = "glorot_uniform",
@@ -133,13 +148,14 @@ class MMoE(FreezesParts, RematerializesExperts, NamesSizes):
         super().__init__(name=name_or_default(name, "mmoe"), **kwargs)
         self.num_experts = checks.positive_int("num_experts", num_experts)
         self.expert_units = checked_units("expert_units", expert_units)
-        self.tasks = _checked_tasks(tasks)
+        self.tasks = checked_tasks(tasks)
         self.dropout = dropout  # checked by the bank
         self.num_tasks = self.tasks if isinstance(self.tasks, int) else len(self.tasks)
         is_linear = isinstance(gate_units, Sequence) and not gate_units
         self.gate_units = () if is_linear else checked_units("gate_units", gate_units)
         self.gate_dropout = checks.rate("gate_dropout", gate_dropout)
         self.gate_use_bias = bool(gate_use_bias)
+        self.access = _checked_access(access, self.tasks, self.num_tasks, self.num_experts)
         self.gate_initializer = keras.initializers.get(gate_initializer)
         self.gate_regularizer = keras.regularizers.get(gate_regularizer)
         self.seed = checks.optional(checks.integer, "seed", seed)
@@ -183,32 +199,53 @@ class MMoE(FreezesParts, RematerializesExperts, NamesSizes):
             **{**bank_arguments, **redrawn, "dropout": 0.0},
         )
 
-    def _gates(self, gate: Any) -> SoftmaxGate:
-        if gate == "softmax":
-            return SoftmaxGate(
-                self.num_experts,
-                self.num_tasks,
-                dropout=self.gate_dropout,
+    def _gates(self, gate: Any) -> Gate:
+        sizes = (self.num_experts, self.num_tasks)
+        shared: dict[str, Any] = {
+            "access": self.access,
+            "dropout": self.gate_dropout,
+            "seed": self.seed,
+            "name": "gates",
+        }
+        if isinstance(gate, str) and gate in _BANKS:
+            return _BANKS[gate](
+                *sizes,
                 use_bias=self.gate_use_bias,
                 kernel_initializer=self.gate_initializer,
                 kernel_regularizer=self.gate_regularizer,
-                seed=self.seed,
-                name="gates",
+                **shared,
             )
-        if isinstance(gate, dict):
-            gate = keras.saving.deserialize_keras_object(gate)
-        if not isinstance(gate, SoftmaxGate):
-            checks.fail("`gate` must be one of ['softmax'] or a `SoftmaxGate`.", gate=gate)
         if self.gate_use_bias:
             checks.fail(
-                "`gate_use_bias` must be False where `gate` is an object, which brings its own: "
-                "`SoftmaxGate(..., use_bias=True)`.",
+                "`gate_use_bias` must be False where `gate` is an object or a router, which brings "
+                "its own: `SoftmaxGate(..., use_bias=True)`.",
                 gate_use_bias=True,
             )
-        if (gate.num_experts, gate.num_tasks) != (self.num_experts, self.num_tasks):
+        if isinstance(gate, str) and gate in router_gate.NAMED:
+            return RouterGate(*sizes, router=gate, **shared)
+        if isinstance(gate, dict):
+            gate = keras.saving.deserialize_keras_object(gate)
+        if callable(gate) and not isinstance(gate, Gate):
+            gate = gate(*sizes, self.access)
+        if not isinstance(gate, Gate):
+            names = [*_BANKS, *router_gate.NAMED]
+            checks.fail(f"`gate` must be one of {names} or a `Gate`.", gate=gate)
+        if self.gate_dropout:
+            checks.fail(
+                "`gate_dropout` must be 0 where `gate` is an object, which brings its own: "
+                "`SoftmaxGate(..., dropout=0.1)`.",
+                gate_dropout=self.gate_dropout,
+            )
+        if (gate.num_experts, gate.num_tasks) != sizes:
             checks.fail(
                 f"`gate` must have num_experts={self.num_experts}, num_tasks={self.num_tasks}.",
                 **{"gate.num_experts": gate.num_experts, "gate.num_tasks": gate.num_tasks},
+            )
+        if self.access is not None and gate.access != self.access:
+            checks.fail(
+                "`access` must be None where `gate` is an object, which brings its own: "
+                "`SoftmaxGate(..., access=...)`.",
+                access=self.access,
             )
         adopt(gate, "gates")
         return gate
@@ -216,6 +253,9 @@ class MMoE(FreezesParts, RematerializesExperts, NamesSizes):
     def build(self, input_shape: Shape) -> None:
         width = checks.token_shape("MMoE", tuple(input_shape))
         self.input_spec = keras.layers.InputSpec(min_ndim=2, axes={-1: width})
+        self._build_parts(width)
+
+    def _build_parts(self, width: int) -> None:
         self.experts.build((1, None, width))
         if self.gate_hidden is not None:
             self.gate_hidden.build((1, None, width))
@@ -238,22 +278,7 @@ class MMoE(FreezesParts, RematerializesExperts, NamesSizes):
         token_mask = flat_mask("MMoE", inputs, mask, (-1,))
         tokens = ops.reshape(inputs, (-1, inputs.shape[-1]))
         tokens = zero_where_padded(tokens, token_mask)
-        shared = ops.expand_dims(tokens, 0)  # read by every expert
-
-        # (e, n, out)
-        expert_outputs = self._call_experts(partial(self.experts, training=training), shared)
-        gate_inputs = tokens if self.gate_hidden is None else self.gate_hidden(shared)
-        routing = self.gates(gate_inputs, training=training)
-        if self._is_counted(training):
-            self._count(routing, token_mask)
-        # The sum over experts is taken in float32 at least, (n, t, e) @ (n, e, out).
-        wide = keras.backend.result_type(self.compute_dtype, "float32")
-        expert_outputs = ops.cast(ops.transpose(expert_outputs, (1, 0, 2)), wide)
-        with backend.current.without_autocast():
-            mixed = ops.matmul(ops.cast(routing.weights, wide), expert_outputs)
-        mixed = ops.cast(mixed, self.compute_dtype)
-        if token_mask is not None:
-            mixed = ops.where(token_mask[:, None, None], mixed, ops.zeros_like(mixed))
+        mixed, routing = self._mixed(ops.expand_dims(tokens, 0), token_mask, training)
 
         units = self.expert_units[-1]
         outputs = [
@@ -266,6 +291,50 @@ class MMoE(FreezesParts, RematerializesExperts, NamesSizes):
         if self.recorder is not None:
             self.recorder(record)
         return (self._by_task(outputs), record) if return_routing else self._by_task(outputs)
+
+    def _mixed(
+        self, inputs: Tensor, mask: Tensor | None, training: bool | None
+    ) -> tuple[Tensor, GateRouting]:
+        """What each task takes of the experts, `(N, T, out)`, and the gates.
+
+        Args:
+            inputs: `(1, N, d)`, read by all experts and gates.
+            mask: bool `(N,)`, False at padding, or None.
+            training: Whether dropout and counting are on.
+        """
+        # (e, n, out)
+        run = partial(self.experts, training=training)
+        expert_outputs = self._call_experts(run, self._read_by_experts(inputs))
+        gate_inputs = self._read_by_gates(inputs)
+        if self.gate_hidden is not None:
+            gate_inputs = self.gate_hidden(gate_inputs)
+        elif gate_inputs.shape[0] == 1:
+            gate_inputs = gate_inputs[0]
+        routing = self.gates(gate_inputs, mask=mask, training=training)
+        if self._is_counted(training):
+            self._count(routing, mask)
+        # The sum over experts is taken in float32 at least, (n, t, e) @ (n, e, out).
+        wide = keras.backend.result_type(self.compute_dtype, "float32")
+        expert_outputs = ops.cast(ops.transpose(expert_outputs, (1, 0, 2)), wide)
+        with backend.current.without_autocast():
+            weights = self._with_native(ops.cast(routing.weights, wide))
+            mixed = ops.matmul(weights, expert_outputs)
+        mixed = ops.cast(mixed, self.compute_dtype)
+        if mask is not None:
+            mixed = ops.where(mask[:, None, None], mixed, ops.zeros_like(mixed))
+        return mixed, routing
+
+    def _read_by_experts(self, inputs: Tensor) -> Tensor:
+        """What each expert reads, `(E, N, d)`, or `(1, N, d)` for all."""
+        return inputs
+
+    def _read_by_gates(self, inputs: Tensor) -> Tensor:
+        """What each gate reads, `(T, N, d)`, or `(1, N, d)` for all."""
+        return inputs
+
+    def _with_native(self, weights: Tensor) -> Tensor:
+        """The weights `(N, T, E)` that experts are summed with."""
+        return weights
 
     def _by_task(self, outputs: list[Tensor]) -> list[Tensor] | dict[str, Tensor]:
         if isinstance(self.tasks, int):
@@ -369,13 +438,36 @@ class MMoE(FreezesParts, RematerializesExperts, NamesSizes):
             "gate_units": list(self.gate_units),
             "gate_dropout": self.gate_dropout,
             "gate_use_bias": self.gate_use_bias,
+            "access": None if self.access is None else [list(row) for row in self.access],
             "gate_initializer": keras.initializers.serialize(self.gate_initializer),
             "gate_regularizer": keras.regularizers.serialize(self.gate_regularizer),
             "seed": self.seed,
         }
 
 
-def _checked_tasks(tasks: Any) -> int | tuple[str, ...]:
+def _checked_access(
+    access: Any, tasks: int | tuple[str, ...], num_tasks: int, num_experts: int
+) -> tuple[tuple[bool, ...], ...] | None:
+    """Which experts each task may take, from a mask or from the experts' numbers by task."""
+    if not isinstance(access, Mapping):
+        return checked_access(access, num_tasks, num_experts)
+    if isinstance(tasks, int) or set(access) != set(tasks):
+        checks.fail(f"`access` must be a dict of the tasks, {tasks!r}, or a mask.", access=access)
+    for task, experts in access.items():
+        is_known = isinstance(experts, Sequence) and all(
+            isinstance(expert, int) and 0 <= expert < num_experts for expert in experts
+        )
+        if not is_known:
+            checks.fail(
+                f"`access[{task!r}]` must be numbers of experts, from 0 to {num_experts - 1}.",
+                access=access,
+            )
+    mask = [[expert in access[task] for expert in range(num_experts)] for task in tasks]
+    return checked_access(mask, num_tasks, num_experts)
+
+
+def checked_tasks(tasks: Any) -> int | tuple[str, ...]:
+    """Returns a number of tasks, or their names as a tuple."""
     is_count = isinstance(tasks, int) and not isinstance(tasks, bool) and tasks > 0
     if is_count:
         return int(tasks)

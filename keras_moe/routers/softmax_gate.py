@@ -3,47 +3,27 @@
 from typing import Any
 
 import keras
-from keras import ops
 
 from keras_moe.core import checks
-from keras_moe.core.constraints import per_expert
-from keras_moe.core.initializers import PerExpertInitializer
-from keras_moe.core.numerics import as_float, softmax
-from keras_moe.core.records import GateRouting
-from keras_moe.core.seeds import SavesSeed
-from keras_moe.core.types import (
-    Config,
-    ConstraintLike,
-    InitializerLike,
-    RegularizerLike,
-    Shape,
-    Tensor,
-)
-from keras_moe.dispatch import backend
-from keras_moe.routers.loss_weights import refuse_loss_weights
-from keras_moe.routers.selection import scaled_to_one
+from keras_moe.core.numerics import LOWEST, softmax
+from keras_moe.core.types import Config, Tensor
+from keras_moe.routers.gates import LinearGate
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
-class SoftmaxGate(SavesSeed):
+class SoftmaxGate(LinearGate):
     """All tasks' gates as one matmul, in float32: weights[n,t,:] = softmax(x[n,:] @ kernel[t]).
 
-    With `use_bias`, bias[t] is added before the softmax.
+    With `use_bias`, bias[t] is added before the softmax; the scores are divided by `temperature`.
 
     Args:
         num_experts: Positive integer, the number of experts E.
         num_tasks: Positive integer, the number of tasks T.
-        dropout: Float in [0, 1). In training each expert of each task and example is left out
-            with this probability and the other weights are scaled to sum to 1 again, which keeps a
-            gate from settling on one expert for ever. Where all would be left out, none is.
-            Defaults to `0.0`; the YouTube paper uses 0.1.
-        use_bias: Whether each gate has a bias per expert, 0 at first. Defaults to `False` (the
-            paper's).
-        kernel_initializer: Initializer of one task's `(d, E)` kernel. Defaults to
-            `"glorot_uniform"`.
-        kernel_regularizer: Optional regularizer of the kernel. Defaults to `None`.
-        kernel_constraint: Optional constraint of one task's kernel. Defaults to `None`.
-        seed: Optional integer, seed of the dropout. Defaults to `None`.
+        temperature: Positive number that scores are divided by: above 1 for weights that are more
+            alike. Defaults to `1.0`.
+        **kwargs: Arguments of `LinearGate` and `Gate`: `access`, `dropout` (the YouTube paper uses
+            0.1), `use_bias`, `kernel_initializer`, `kernel_regularizer`, `kernel_constraint`,
+            `seed`.
 
     Call arguments:
         inputs: `(N, d)`, read by all gates, or `(T, N, d)`, one input per gate.
@@ -58,89 +38,16 @@ class SoftmaxGate(SavesSeed):
         Next", section 5.3 (dropout).
     """
 
-    AXES = (("kernel", "num_tasks", "input width", "num_experts"),)
-
     def __init__(
-        self,
-        num_experts: int,
-        num_tasks: int,
-        *,
-        dropout: float = 0.0,
-        use_bias: bool = False,
-        kernel_initializer: InitializerLike = "glorot_uniform",
-        kernel_regularizer: RegularizerLike = None,
-        kernel_constraint: ConstraintLike = None,
-        seed: int | None = None,
-        **kwargs: Any,
+        self, num_experts: int, num_tasks: int, *, temperature: float = 1.0, **kwargs: Any
     ) -> None:
-        refuse_loss_weights(type(self), kwargs)
-        kwargs["dtype"] = "float32"
-        super().__init__(**kwargs)
-        self.num_experts = checks.positive_int("num_experts", num_experts)
-        self.num_tasks = checks.positive_int("num_tasks", num_tasks)
-        self.dropout = checks.rate("dropout", dropout)
-        self.use_bias = bool(use_bias)
-        self.kernel_initializer = keras.initializers.get(kernel_initializer)
-        self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
-        self.kernel_constraint = keras.constraints.get(kernel_constraint)
-        self.seed = checks.optional(checks.integer, "seed", seed)
-        self.seed_generator = keras.random.SeedGenerator(seed) if self.dropout else None
+        super().__init__(num_experts, num_tasks, **kwargs)
+        self.temperature = checks.positive("temperature", temperature)
 
-    def build(self, input_shape: Shape) -> None:
-        width = checks.token_shape("SoftmaxGate", tuple(input_shape))
-        self.kernel = self.add_weight(
-            name="kernel",
-            shape=(self.num_tasks, width, self.num_experts),
-            initializer=PerExpertInitializer(self.kernel_initializer, "gates/kernel"),
-            regularizer=self.kernel_regularizer,
-            constraint=per_expert(self.kernel_constraint),
-        )
-        if self.use_bias:
-            self.bias = self.add_weight(
-                name="bias", shape=(self.num_tasks, self.num_experts), initializer="zeros"
-            )
-
-    def call(self, inputs: Tensor, training: bool | None = None) -> GateRouting:
-        inputs = as_float(inputs, self.compute_dtype)
-        with backend.current.without_autocast():
-            logits = self._logits(inputs)
-            weights = softmax(logits)
-        if training and self.seed_generator is not None:
-            weights = self._dropped_out(weights)
-        return GateRouting(weights, logits)
-
-    def _logits(self, inputs: Tensor) -> Tensor:
-        if len(inputs.shape) == 2:
-            width = inputs.shape[-1]
-            flat = ops.reshape(ops.transpose(self.kernel, (1, 0, 2)), (width, -1))
-            logits = ops.matmul(inputs, flat)  # all gates at once
-            logits = ops.reshape(logits, (-1, self.num_tasks, self.num_experts))
-        else:
-            logits = ops.transpose(ops.matmul(inputs, self.kernel), (1, 0, 2))
-        if self.use_bias:
-            logits = logits + self.bias
-        return logits
-
-    def _dropped_out(self, weights: Tensor) -> Tensor:
-        draw = keras.random.uniform(ops.shape(weights), dtype="float32", seed=self.seed_generator)
-        is_kept = draw >= self.dropout
-        is_kept = ops.logical_or(is_kept, ops.logical_not(ops.any(is_kept, -1, keepdims=True)))
-        return scaled_to_one(ops.where(is_kept, weights, ops.zeros_like(weights)))
-
-    def compute_output_spec(self, inputs: Tensor, training: bool | None = None) -> GateRouting:
-        shape = (tuple(inputs.shape)[-2], self.num_tasks, self.num_experts)
-        return GateRouting(*(keras.KerasTensor(shape, dtype="float32") for _ in range(2)))
+    def weights_of(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        logits = scores if self.temperature == 1.0 else scores / self.temperature
+        logits = self._only_accessible(logits, LOWEST)
+        return softmax(logits), logits
 
     def get_config(self) -> Config:
-        config: Config = super().get_config()
-        return {
-            **config,
-            "num_experts": self.num_experts,
-            "num_tasks": self.num_tasks,
-            "dropout": self.dropout,
-            "use_bias": self.use_bias,
-            "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
-            "kernel_regularizer": keras.regularizers.serialize(self.kernel_regularizer),
-            "kernel_constraint": keras.constraints.serialize(self.kernel_constraint),
-            "seed": self.seed,
-        }
+        return {**super().get_config(), "temperature": self.temperature}

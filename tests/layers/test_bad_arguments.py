@@ -96,7 +96,7 @@ BAD = [
     (lambda: moe(experts=layers.ExpertMLP(3, [8, 6])), "num_experts=4. Received: experts.num_exp"),
     (lambda: [moe(router=router) for router in [routers.TopKRouter(4)] * 2], "one layer only"),
     (lambda: [mmoe(gate=gate) for gate in [routers.SoftmaxGate(4, 2)] * 2], "one layer only"),
-    (lambda: mmoe(gate="soft"), r"`gate` must be one of \['softmax'\]"),
+    (lambda: mmoe(gate="soft"), r"`gate` must be one of \['softmax', 'sigmoid', 'top_k', "),
     (lambda: mmoe(gate=routers.SoftmaxGate(4, 3)), "`gate` must have num_experts=4, num_tasks=2"),
     (lambda: mmoe(tasks=0), "`tasks` must be a positive integer"),
     (lambda: mmoe(tasks="click"), "a sequence of distinct names. Received: tasks='click'"),
