@@ -1,6 +1,7 @@
 """A recommender's ranking model: features, a shared layer, experts, a tower per task."""
 
 import bisect
+import inspect
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -26,7 +27,7 @@ def multitask_ranker(
     features: Sequence[Feature],
     tasks: Mapping[str, str],
     *,
-    trunk: str = "mmoe",
+    trunk: str | keras.layers.Layer = "mmoe",
     interactions: Sequence[tuple[str, str]] = (),
     shared_units: int | Sequence[int] = 64,
     num_experts: int = 4,
@@ -54,7 +55,9 @@ def multitask_ranker(
             `-`.
         trunk: `"mmoe"`, experts mixed by one gate per task, or `"shared_bottom"`, the baseline: as
             many hidden layers as an expert has, read by all towers, of such a width that the model
-            has as many parameters as with `"mmoe"`. Defaults to `"mmoe"`.
+            has as many parameters as with `"mmoe"`; or a layer that gives a dict of the tasks'
+            vectors, such as `keras_moe.layers.PLE(32, tasks=["watched", "rating"])`, beside which
+            `num_experts`, `expert_units` and `gate_dropout` are not given. Defaults to `"mmoe"`.
         interactions: Pairs of names of features whose vectors are multiplied entry by entry, as in
             matrix factorisation. Defaults to `()`.
         shared_units: Positive integer or a sequence of them, the width of each hidden layer under
@@ -112,7 +115,10 @@ def multitask_ranker(
     """
     features = _checked_features(features)
     tasks = _checked_tasks(tasks, features)
-    checks.one_of("trunk", trunk, _TRUNKS)
+    if isinstance(trunk, keras.layers.Layer):
+        _check_alone(trunk, num_experts, expert_units, gate_dropout)
+    else:
+        checks.one_of("trunk", trunk, _TRUNKS)
     checks.positive_int("num_experts", num_experts)
     shared_widths = _optional_units("shared_units", shared_units)
     expert_widths = checked_units("expert_units", expert_units)
@@ -130,7 +136,14 @@ def multitask_ranker(
         x = make.hidden(units, "shared_hidden", index)(x)
         x = make.dropout(_numbered("shared_dropout", index))(x)
 
-    if trunk == "mmoe":
+    if isinstance(trunk, keras.layers.Layer):
+        mixed = trunk(x)
+        if not isinstance(mixed, dict) or set(mixed) != set(tasks):
+            checks.fail(
+                f"`trunk` must give a dict of vectors by task, of {list(tasks)}.",
+                outputs=list(mixed) if isinstance(mixed, dict) else type(mixed).__name__,
+            )
+    elif trunk == "mmoe":
         mixed = MMoE(
             num_experts,
             expert_widths,
@@ -152,7 +165,23 @@ def multitask_ranker(
         for task, kind in tasks.items()
     }
     _check_layer_names(outputs)
-    return MaskedModel(inputs, outputs, name=name or trunk)
+    named = trunk.name if isinstance(trunk, keras.layers.Layer) else trunk
+    return MaskedModel(inputs, outputs, name=name or named)
+
+
+def _check_alone(
+    trunk: keras.layers.Layer, num_experts: int, expert_units: Any, gate_dropout: float
+) -> None:
+    """Fails where arguments describe experts that the layer brings itself."""
+    given = {"num_experts": num_experts, "expert_units": expert_units, "gate_dropout": gate_dropout}
+    defaults = inspect.signature(multitask_ranker).parameters
+    for name, value in given.items():
+        if value != defaults[name].default:
+            checks.fail(
+                f"`{name}` must be left out where `trunk` is a layer, which has its own.",
+                trunk=type(trunk).__name__,
+                **{name: value},
+            )
 
 
 class _Layers(NamedTuple):

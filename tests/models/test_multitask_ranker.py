@@ -224,6 +224,27 @@ def test_compiled_fit_lowers_every_loss():
         assert last < 0.9 * first, (task, first, last)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: keras_moe.layers.CGC(6, list(TASKS), 2, 1, name="trunk"),
+        lambda: keras_moe.layers.PLE(6, list(TASKS), 1, 1, name="trunk"),
+        lambda: keras_moe.layers.AdaTT([[8], [6]], list(TASKS), name="trunk"),
+    ],
+)
+def test_other_structures_are_trunks(make, tmp_path):
+    keras.utils.set_random_seed(0)
+    model = multitask_ranker(FEATURES, TASKS, trunk=make(), shared_units=8, tower_units=5, seed=1)
+    model.compile(keras.optimizers.Adam(0.02), loss="mse")
+    batch = examples(96)
+    losses = model.fit(batch, labels(batch), epochs=6, verbose=0).history["loss"]
+    assert losses[-1] < 0.8 * losses[0]
+    model.save(tmp_path / "ranker.keras")
+    loaded = keras.models.load_model(tmp_path / "ranker.keras")
+    for task, predicted in model.predict(batch, verbose=0).items():
+        np.testing.assert_allclose(loaded.predict(batch, verbose=0)[task], predicted, rtol=1e-5)
+
+
 def test_a_seed_fixes_the_weights_and_leaves_the_global_one_alone():
     first, again, other = (weights_of(ranker(seed=seed)) for seed in (1, 1, 2))
     for path, values in first.items():
@@ -537,6 +558,16 @@ BAD = [
     (
         lambda: ranker(trunk="tree"),
         r"`trunk` must be one of \['mmoe', 'shared_bottom'\]. Received: trunk='tree'",
+    ),
+    (
+        lambda: multitask_ranker(
+            FEATURES, TASKS, trunk=keras_moe.layers.CGC(6, list(TASKS)), num_experts=3
+        ),
+        "`num_experts` must be left out where `trunk` is a layer.*num_experts=3",
+    ),
+    (
+        lambda: multitask_ranker(FEATURES, TASKS, trunk=keras_moe.layers.CGC(6, ["a", "b"])),
+        r"`trunk` must give a dict of vectors by task.*outputs=\['a', 'b'\]",
     ),
     (lambda: ranker(num_experts=0), "`num_experts` must be a positive .* num_experts=0"),
     (
