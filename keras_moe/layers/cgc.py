@@ -21,7 +21,8 @@ class CGC(TaskLevel):
     0 and 1 are the first task's, 2 and 3 the second's, and 4 is shared.
 
     Args:
-        expert_units: Positive integer or a sequence of them, the width of each expert layer.
+        expert_units: Positive integer or a sequence of them, the width of each expert layer. Only
+            `None` where `experts` are Keras layers.
         tasks: Positive integer, for a list of outputs, or a sequence of names, for a dict.
         num_task_experts: Positive integer, the experts of each task. Defaults to `1`.
         num_shared_experts: Integer of at least 0, the experts that all tasks share. Defaults to
@@ -65,7 +66,7 @@ class CGC(TaskLevel):
 
     def __init__(
         self,
-        expert_units: int | Sequence[int],
+        expert_units: int | Sequence[int] | None,
         tasks: int | Sequence[str],
         num_task_experts: int = 1,
         num_shared_experts: int = 1,

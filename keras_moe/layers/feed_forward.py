@@ -27,7 +27,7 @@ from keras_moe.layers.sublayers import adopt, build_once, config_of
 from keras_moe.routers import Router
 from keras_moe.routers.loss_weights import refuse_loss_weights
 
-_NAMED_EXPERTS = {"mlp": False, "glu": True}  # name -> gated
+NAMED_EXPERTS = {"mlp": False, "glu": True}  # name -> gated
 
 
 class ExpertFeedForward(FreezesParts, RematerializesExperts, NamesSizes):
@@ -120,26 +120,9 @@ class ExpertFeedForward(FreezesParts, RematerializesExperts, NamesSizes):
     def _experts_from(self, experts: Any) -> Any:
         """The bank where experts are objects; named ones are made by `_make_experts`, None here."""
         if isinstance(experts, str):
-            checks.one_of("experts", experts, _NAMED_EXPERTS)
+            checks.one_of("experts", experts, NAMED_EXPERTS)
             return None
-        if isinstance(experts, dict):
-            experts = keras.saving.deserialize_keras_object(experts)
-        is_mixture = isinstance(experts, ExpertFeedForward)  # one expert, of experts of its own
-        is_layer = isinstance(experts, keras.layers.Layer)
-        if is_layer and hasattr(experts, "num_experts") and not is_mixture:
-            if experts.num_experts != self.num_experts:
-                checks.fail(
-                    f"A bank of `experts` must have num_experts={self.num_experts}.",
-                    **{"experts.num_experts": experts.num_experts},
-                )
-            return experts
-        if not isinstance(experts, keras.layers.Layer | Sequence):
-            checks.fail(
-                f"`experts` must be one of {sorted(_NAMED_EXPERTS)}, a bank such as `ExpertMLP`, a "
-                "Keras layer or a list of Keras layers.",
-                experts=experts,
-            )
-        return LayerExperts(experts, self.num_experts, name="experts", dtype=self.dtype_policy)
+        return bank_from(experts, self.num_experts, self.dtype_policy)
 
     def _make_experts(self) -> None:
         """Makes the bank of named experts or adopts a bank, once nothing is refused any more."""
@@ -156,7 +139,7 @@ class ExpertFeedForward(FreezesParts, RematerializesExperts, NamesSizes):
             num_experts,
             (checks.positive_int("hidden_dim", self.hidden_dim), self.output_dim),
             self.activation,
-            gated=_NAMED_EXPERTS.get(self._experts_name or "mlp", False),
+            gated=NAMED_EXPERTS.get(self._experts_name or "mlp", False),
             dropout=self.dropout,
             use_bias=self.use_bias,
             kernel_initializer=reseeded(self.kernel_initializer, name),
@@ -206,6 +189,28 @@ class ExpertFeedForward(FreezesParts, RematerializesExperts, NamesSizes):
             "bias_constraint": keras.constraints.serialize(self.bias_constraint),
             "seed": self.seed,
         }
+
+
+def bank_from(experts: Any, num_experts: int, dtype: Any) -> Any:
+    """The bank of experts that are objects: a bank, a Keras layer, a list of these, or a config."""
+    if isinstance(experts, dict):
+        experts = keras.saving.deserialize_keras_object(experts)
+    is_mixture = isinstance(experts, ExpertFeedForward)  # one expert, of experts of its own
+    is_layer = isinstance(experts, keras.layers.Layer)
+    if is_layer and hasattr(experts, "num_experts") and not is_mixture:
+        if experts.num_experts != num_experts:
+            checks.fail(
+                f"A bank of `experts` must have num_experts={num_experts}.",
+                **{"experts.num_experts": experts.num_experts},
+            )
+        return experts
+    if not isinstance(experts, keras.layers.Layer | Sequence):
+        checks.fail(
+            f"`experts` must be one of {sorted(NAMED_EXPERTS)}, a bank such as `ExpertMLP`, a "
+            "Keras layer or a list of Keras layers.",
+            experts=experts,
+        )
+    return LayerExperts(experts, num_experts, name="experts", dtype=dtype)
 
 
 def _same(value: Any) -> Any:

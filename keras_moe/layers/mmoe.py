@@ -1,5 +1,6 @@
 """Multi-gate mixture of experts for multi-task learning."""
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeAlias
@@ -15,6 +16,7 @@ from keras_moe.core.types import (
     Activation,
     Config,
     ConstraintLike,
+    ExpertsLike,
     InitializerLike,
     RegularizerLike,
     Shape,
@@ -23,12 +25,14 @@ from keras_moe.core.types import (
 from keras_moe.dispatch import backend
 from keras_moe.layers.counts import RunningSums, check_built
 from keras_moe.layers.expert_mlp import ExpertMLP, checked_units
+from keras_moe.layers.feed_forward import NAMED_EXPERTS, bank_from
 from keras_moe.layers.freezing import FreezesParts, freeze_parts
 from keras_moe.layers.rematerialization import RematerializesExperts
 from keras_moe.layers.sublayers import adopt, build_once, config_of, name_or_default
+from keras_moe.layers.tasks import access_of, checked_tasks
 from keras_moe.layers.tokens import flat_mask, zero_where_padded
 from keras_moe.routers import router_gate
-from keras_moe.routers.gates import Gate, LinearGate, checked_access
+from keras_moe.routers.gates import Gate, LinearGate
 from keras_moe.routers.loss_weights import refuse_loss_weights
 from keras_moe.routers.router_gate import RouterGate
 from keras_moe.routers.sigmoid_gate import SigmoidGate
@@ -50,8 +54,13 @@ class MMoE(FreezesParts, RematerializesExperts, NamesSizes):
 
     Args:
         num_experts: Positive integer, the number of experts E.
-        expert_units: Positive integer or a sequence of them, the width of each expert layer.
+        expert_units: Positive integer or a sequence of them, the width of each expert layer. Only
+            `None` where `experts` are Keras layers.
         tasks: Positive integer, for a list of outputs, or a sequence of names, for a dict.
+        experts: `"mlp"`, `"glu"` (gated layers), a bank such as `ExpertMLP`, a Keras layer of which
+            E copies with new random weights are made, the config of one of these, or a list of E
+            Keras layers; what the layer does not build itself takes none of the arguments below
+            that describe experts. Defaults to `"mlp"`.
         activation: Activation of every expert layer. Defaults to `"relu"`.
         use_bias: Whether experts have biases. Defaults to `True`.
         dropout: Float in [0, 1), dropout after each expert layer. Defaults to `0.0`.
@@ -121,9 +130,10 @@ class MMoE(FreezesParts, RematerializesExperts, NamesSizes):
     def __init__(
         self,
         num_experts: int,
-        expert_units: int | Sequence[int],
+        expert_units: int | Sequence[int] | None,
         tasks: int | Sequence[str],
         *,
+        experts: ExpertsLike = "mlp",
         activation: Activation = "relu",
         use_bias: bool = True,
         dropout: float = 0.0,
@@ -147,22 +157,21 @@ class MMoE(FreezesParts, RematerializesExperts, NamesSizes):
         refuse_loss_weights(type(self), kwargs)
         super().__init__(name=name_or_default(name, "mmoe"), **kwargs)
         self.num_experts = checks.positive_int("num_experts", num_experts)
-        self.expert_units = checked_units("expert_units", expert_units)
         self.tasks = checked_tasks(tasks)
-        self.dropout = dropout  # checked by the bank
+        self.dropout = checks.rate("dropout", dropout)
         self.num_tasks = self.tasks if isinstance(self.tasks, int) else len(self.tasks)
         is_linear = isinstance(gate_units, Sequence) and not gate_units
         self.gate_units = () if is_linear else checked_units("gate_units", gate_units)
         self.gate_dropout = checks.rate("gate_dropout", gate_dropout)
         self.gate_use_bias = bool(gate_use_bias)
-        self.access = _checked_access(access, self.tasks, self.num_tasks, self.num_experts)
+        self.access = access_of(access, self.tasks, self.num_tasks, self.num_experts)
         self.gate_initializer = keras.initializers.get(gate_initializer)
         self.gate_regularizer = keras.regularizers.get(gate_regularizer)
         self.seed = checks.optional(checks.integer, "seed", seed)
         self.supports_masking = True
-        bank_arguments: dict[str, Any] = {
+        describing: dict[str, Any] = {
             "activation": activation,
-            "activate_last": True,
+            "use_bias": use_bias,
             "dropout": dropout,
             "kernel_initializer": kernel_initializer,
             "bias_initializer": bias_initializer,
@@ -170,19 +179,48 @@ class MMoE(FreezesParts, RematerializesExperts, NamesSizes):
             "bias_regularizer": bias_regularizer,
             "kernel_constraint": kernel_constraint,
             "bias_constraint": bias_constraint,
+        }
+        self._make_experts(experts, expert_units, describing)
+        bank_arguments = {
+            **{name: value for name, value in describing.items() if name != "use_bias"},
+            "activate_last": True,
             "seed": derived_seed(seed, "experts"),
             "dtype": self.dtype_policy,
         }
-        self.experts = ExpertMLP(
-            self.num_experts,
-            self.expert_units,
-            use_bias=use_bias,
-            name="experts",
-            **bank_arguments,
-        )
         self.gate_hidden = self._hidden_layers_of_gates(bank_arguments)
         self._gate_argument, self.gates = gate, self._gates(gate)
         freeze_parts(self)
+
+    def _make_experts(self, experts: Any, expert_units: Any, describing: dict[str, Any]) -> None:
+        """Makes the bank that is named, or adopts what is given, which then describes itself."""
+        self._experts_name = experts if isinstance(experts, str) else None
+        if self._experts_name is not None:
+            self.expert_units: tuple[int, ...] | None = checked_units("expert_units", expert_units)
+            self.experts: Any = ExpertMLP(
+                self.num_experts,
+                self.expert_units,
+                gated=checks.one_of("experts", experts, NAMED_EXPERTS) == "glu",
+                activate_last=True,
+                seed=derived_seed(self.seed, "experts"),
+                dtype=self.dtype_policy,
+                name="experts",
+                **describing,
+            )
+            self._describing = self.experts.get_config()
+            return
+        self.expert_units = None
+        parameters = inspect.signature(MMoE.__init__).parameters
+        given = {"expert_units": expert_units, **describing}
+        for name, value in given.items():
+            default = None if name == "expert_units" else parameters[name].default
+            if value != default:
+                checks.fail(
+                    f"`{name}` must be left out where `experts` are layers: give it to these.",
+                    **{name: value},
+                )
+        self._describing = dict(describing)
+        self.experts = bank_from(experts, self.num_experts, self.dtype_policy)
+        adopt(self.experts, "experts")
 
     def _hidden_layers_of_gates(self, bank_arguments: dict[str, Any]) -> ExpertMLP | None:
         """A bank with one network per task: no dropout, and other numbers than the experts'."""
@@ -256,7 +294,8 @@ class MMoE(FreezesParts, RematerializesExperts, NamesSizes):
         self._build_parts(width)
 
     def _build_parts(self, width: int) -> None:
-        self.experts.build((1, None, width))
+        build_once(self.experts, (1, None, width))
+        self.output_width = self._width_of_outputs(width)
         if self.gate_hidden is not None:
             self.gate_hidden.build((1, None, width))
             build_once(self.gates, (self.num_tasks, None, self.gate_units[-1]))
@@ -280,10 +319,8 @@ class MMoE(FreezesParts, RematerializesExperts, NamesSizes):
         tokens = zero_where_padded(tokens, token_mask)
         mixed, routing = self._mixed(ops.expand_dims(tokens, 0), token_mask, training)
 
-        units = self.expert_units[-1]
-        outputs = [
-            ops.reshape(mixed[:, task], (*token_axes, units)) for task in range(self.num_tasks)
-        ]
+        shape = (*token_axes, self.output_width)
+        outputs = [ops.reshape(mixed[:, task], shape) for task in range(self.num_tasks)]
         if not return_routing and self.recorder is None:
             return self._by_task(outputs)
         axes = (*token_axes, self.num_tasks, self.num_experts)
@@ -336,6 +373,9 @@ class MMoE(FreezesParts, RematerializesExperts, NamesSizes):
         """The weights `(N, T, E)` that experts are summed with."""
         return weights
 
+    def _width_of_outputs(self, width: int) -> int:
+        return int(self.experts.compute_output_shape((1, None, width))[-1])
+
     def _by_task(self, outputs: list[Tensor]) -> list[Tensor] | dict[str, Tensor]:
         if isinstance(self.tasks, int):
             return outputs
@@ -387,8 +427,8 @@ class MMoE(FreezesParts, RematerializesExperts, NamesSizes):
             sums.reset()
 
     def compute_output_shape(self, input_shape: Shape) -> Any:
-        checks.token_shape("MMoE", tuple(input_shape))
-        shape = (*tuple(input_shape)[:-1], self.expert_units[-1])
+        width = checks.token_shape("MMoE", tuple(input_shape))
+        shape = (*tuple(input_shape)[:-1], self._width_of_outputs(width))
         return self._by_task([shape] * self.num_tasks)
 
     def compute_output_spec(
@@ -400,13 +440,11 @@ class MMoE(FreezesParts, RematerializesExperts, NamesSizes):
     ) -> Any:
         if mask is not None:
             checks.mask_shape("MMoE", inputs, mask)
-        checks.token_shape("MMoE", tuple(inputs.shape))
+        width = checks.token_shape("MMoE", tuple(inputs.shape))
         leading = tuple(inputs.shape)[:-1]
+        shape = (*leading, self._width_of_outputs(width))
         outputs = self._by_task(
-            [
-                keras.KerasTensor((*leading, self.expert_units[-1]), dtype=self.compute_dtype)
-                for _ in range(self.num_tasks)
-            ]
+            [keras.KerasTensor(shape, dtype=self.compute_dtype) for _ in range(self.num_tasks)]
         )
         if not return_routing:
             return outputs
@@ -415,7 +453,6 @@ class MMoE(FreezesParts, RematerializesExperts, NamesSizes):
 
     def get_config(self) -> Config:
         config: Config = super().get_config()
-        bank = self.experts.get_config()
         shared = (
             "activation",
             "use_bias",
@@ -431,9 +468,10 @@ class MMoE(FreezesParts, RematerializesExperts, NamesSizes):
         return {
             **config,
             "num_experts": self.num_experts,
-            "expert_units": list(self.expert_units),
+            "expert_units": None if self.expert_units is None else list(self.expert_units),
+            "experts": self._experts_name or config_of(self.experts),
             "tasks": self.tasks if isinstance(self.tasks, int) else list(self.tasks),
-            **{name: bank[name] for name in shared},
+            **{name: self._describing[name] for name in shared},
             "gate": self._gate_argument if is_named else config_of(self.gates),
             "gate_units": list(self.gate_units),
             "gate_dropout": self.gate_dropout,
@@ -443,38 +481,3 @@ class MMoE(FreezesParts, RematerializesExperts, NamesSizes):
             "gate_regularizer": keras.regularizers.serialize(self.gate_regularizer),
             "seed": self.seed,
         }
-
-
-def _checked_access(
-    access: Any, tasks: int | tuple[str, ...], num_tasks: int, num_experts: int
-) -> tuple[tuple[bool, ...], ...] | None:
-    """Which experts each task may take, from a mask or from the experts' numbers by task."""
-    if not isinstance(access, Mapping):
-        return checked_access(access, num_tasks, num_experts)
-    if isinstance(tasks, int) or set(access) != set(tasks):
-        checks.fail(f"`access` must be a dict of the tasks, {tasks!r}, or a mask.", access=access)
-    for task, experts in access.items():
-        is_known = isinstance(experts, Sequence) and all(
-            isinstance(expert, int) and 0 <= expert < num_experts for expert in experts
-        )
-        if not is_known:
-            checks.fail(
-                f"`access[{task!r}]` must be numbers of experts, from 0 to {num_experts - 1}.",
-                access=access,
-            )
-    mask = [[expert in access[task] for expert in range(num_experts)] for task in tasks]
-    return checked_access(mask, num_tasks, num_experts)
-
-
-def checked_tasks(tasks: Any) -> int | tuple[str, ...]:
-    """Returns a number of tasks, or their names as a tuple."""
-    is_count = isinstance(tasks, int) and not isinstance(tasks, bool) and tasks > 0
-    if is_count:
-        return int(tasks)
-    names = tuple(tasks) if isinstance(tasks, list | tuple) else ()
-    is_named = bool(names) and all(isinstance(name, str) and name for name in names)
-    if not is_named or len(set(names)) != len(names):
-        checks.fail(
-            "`tasks` must be a positive integer or a sequence of distinct names.", tasks=tasks
-        )
-    return names

@@ -8,7 +8,8 @@ from keras import ops
 
 from keras_moe.core import checks
 from keras_moe.core.types import Shape, Tensor
-from keras_moe.layers.mmoe import MMoE, checked_tasks
+from keras_moe.layers.mmoe import MMoE
+from keras_moe.layers.tasks import checked_tasks
 
 SHARED = "shared"
 
@@ -21,7 +22,8 @@ class TaskLevel(MMoE):
     experts and gate read what its gate gave on the level before.
 
     Args:
-        expert_units: Positive integer or a sequence of them, the width of each expert layer.
+        expert_units: Positive integer or a sequence of them, the width of each expert layer, or
+            None where `experts` are Keras layers.
         tasks: Positive integer, or a sequence of names.
         num_task_experts: Positive integer, the experts of each task.
         num_shared_experts: Integer of at least 0, the experts that all tasks share.
@@ -32,7 +34,7 @@ class TaskLevel(MMoE):
 
     def __init__(
         self,
-        expert_units: int | Sequence[int],
+        expert_units: int | Sequence[int] | None,
         tasks: int | Sequence[str],
         num_task_experts: int,
         num_shared_experts: int,
@@ -91,7 +93,7 @@ class InnerLevel(TaskLevel):
         return_routing: Whether to return the gates too.
 
     Returns:
-        `(gates, N, expert_units[-1])`, and the `GateRouting` with `return_routing=True`.
+        `(gates, N, width)`, and the `GateRouting` with `return_routing=True`.
     """
 
     def build(self, input_shape: Shape) -> None:

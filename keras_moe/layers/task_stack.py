@@ -15,13 +15,14 @@ from keras_moe.core.types import Config, Shape, Tensor
 from keras_moe.layers.expert_mlp import checked_units
 from keras_moe.layers.freezing import FreezesParts, freeze_parts
 from keras_moe.layers.mmoe import MMoE
-from keras_moe.layers.sublayers import name_or_default
+from keras_moe.layers.sublayers import config_of, name_or_default
 from keras_moe.layers.task_level import InnerLevel
 from keras_moe.layers.tokens import flat_mask, zero_where_padded
 from keras_moe.routers.gates import Gate
 
+_DEFAULTS = inspect.signature(MMoE.__init__).parameters
 # Arguments of a level: those of `MMoE` that describe experts and gates.
-_OF_A_LEVEL = frozenset(inspect.signature(MMoE.__init__).parameters) - {
+_OF_A_LEVEL = frozenset(_DEFAULTS) - {
     "self",
     "num_experts",
     "expert_units",
@@ -92,9 +93,11 @@ class TaskStack(FreezesParts, KeepsArguments):
         self, level: int, tasks: Any, num_task_experts: int, num_shared_experts: int
     ) -> InnerLevel:
         arguments = dict(self._for_levels)
+        is_named = isinstance(arguments.get("experts", "mlp"), str)
         for name in _INITIALIZERS:
-            given = arguments.get(name, inspect.signature(MMoE.__init__).parameters[name].default)
-            arguments[name] = reseeded(keras.initializers.get(given), f"level_{level}")
+            if is_named or name == "gate_initializer":
+                given = arguments.get(name, _DEFAULTS[name].default)
+                arguments[name] = reseeded(keras.initializers.get(given), f"level_{level}")
         is_last = level == self.num_levels - 1
         return self._level(
             self.expert_units[level],
@@ -114,7 +117,7 @@ class TaskStack(FreezesParts, KeepsArguments):
         shape = (1, None, width)
         for level in self.levels:
             level.build(shape)
-            shape = (level.num_tasks, None, level.expert_units[-1])
+            shape = (level.num_tasks, None, level.output_width)
 
     def call(
         self,
@@ -133,7 +136,7 @@ class TaskStack(FreezesParts, KeepsArguments):
             units, routing = level(units, mask=token_mask, training=training, return_routing=True)
             axes = (*token_axes, level.num_tasks, level.num_experts)
             records.append(GateRouting(*(ops.reshape(part, axes) for part in routing)))
-        shape = (*token_axes, self.levels[-1].expert_units[-1])
+        shape = (*token_axes, self.levels[-1].output_width)
         outputs = self._by_task([ops.reshape(units[task], shape) for task in range(self.num_tasks)])
         return (outputs, records) if return_routing else outputs
 
@@ -153,20 +156,23 @@ class TaskStack(FreezesParts, KeepsArguments):
         first = self.levels[0].get_config()
         of_a_level = {name: first[name] for name in _OF_A_LEVEL}
         given = {
-            name: self._for_levels[name]
-            if name in self._for_levels
-            else inspect.signature(MMoE.__init__).parameters[name].default
-            for name in (*_INITIALIZERS, "gate")
+            name: self._for_levels.get(name, _DEFAULTS[name].default)
+            for name in (*_INITIALIZERS, "gate", "experts")
         }
-        for name in _INITIALIZERS:
-            given[name] = keras.initializers.serialize(keras.initializers.get(given[name]))
+        for name in _INITIALIZERS:  # names where experts are layers, which leave them out
+            if not isinstance(given[name], str):
+                given[name] = keras.initializers.serialize(keras.initializers.get(given[name]))
         if not isinstance(given["gate"], str):
             given["gate"] = keras.saving.serialize_keras_object(given["gate"])
+        if isinstance(given["experts"], keras.layers.Layer):
+            given["experts"] = config_of(given["experts"])
         return {
             **config,
             **of_a_level,
             **given,
-            "expert_units": [list(units) for units in self.expert_units],
+            "expert_units": [
+                units if units is None else list(units) for units in self.expert_units
+            ],
             "tasks": self.tasks if isinstance(self.tasks, int) else list(self.tasks),
             "num_task_experts": self.num_task_experts,
             "num_shared_experts": self.num_shared_experts,
@@ -175,12 +181,16 @@ class TaskStack(FreezesParts, KeepsArguments):
         }
 
 
-def _units_by_level(units: Any, num_levels: int | None) -> tuple[tuple[int, ...], ...]:
-    """The widths of each level's experts."""
+def _units_by_level(units: Any, num_levels: int | None) -> tuple[tuple[int, ...] | None, ...]:
+    """The widths of each level's experts, None where they are Keras layers."""
+    if isinstance(units, Sequence) and units and all(each is None for each in units):
+        units, num_levels = None, len(units)  # from a config
     by_level = isinstance(units, Sequence) and any(isinstance(each, Sequence) for each in units)
     if num_levels is None:
         num_levels = len(units) if by_level else 2
     checks.positive_int("num_levels", num_levels)
+    if units is None:
+        return (None,) * num_levels
     if not by_level:
         return (checked_units("expert_units", units),) * num_levels
     if len(units) != num_levels:

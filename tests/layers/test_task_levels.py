@@ -84,6 +84,63 @@ def test_cgc_is_the_papers(shared_output):
         helpers.assert_close(output, wanted, "cgc", tolerance=1e-5)
 
 
+def swish_expert(units):
+    """As HoME has it: ReLU leaves most outputs at 0."""
+    return keras.Sequential(
+        [
+            keras.layers.Dense(units),
+            keras.layers.BatchNormalization(),
+            keras.layers.Activation("swish"),
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: layers.MMoE(3, None, ["a", "b"], experts=swish_expert(6)),
+        lambda: layers.CGC(None, ["a", "b"], experts=swish_expert(6)),
+        lambda: layers.PLE(None, ["a", "b"], num_levels=2, experts=swish_expert(6)),
+        lambda: layers.AdaTT(None, ["a", "b"], num_levels=2, experts=keras.layers.Dense(6, "tanh")),
+        lambda: layers.PLE([[7], [6]], ["a", "b"], experts="glu", activation="silu"),
+    ],
+)
+def test_experts_may_be_keras_layers(make, tmp_path):
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((WIDTH,))
+    outputs = make()(inputs)
+    assert {task: output.shape for task, output in outputs.items()} == {
+        "a": (None, 6),
+        "b": (None, 6),
+    }
+    model = keras.Model(inputs, {t: keras.layers.Dense(1, name=t)(y) for t, y in outputs.items()})
+    model.compile(keras.optimizers.Adam(0.03), "mse")
+    x = np.tile(X, (8, 1))
+    targets = {"a": x[:, :1], "b": x[:, 1:2]}
+    losses = model.fit(x, targets, epochs=8, batch_size=28, verbose=0).history["loss"]
+    assert losses[-1] < 0.9 * losses[0]
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    for task in "ab":
+        np.testing.assert_allclose(
+            loaded.predict(x, verbose=0)[task],
+            model.predict(x, verbose=0)[task],
+            rtol=1e-4,
+            atol=1e-5,
+        )
+
+
+def test_an_mmoe_of_keras_layers_is_their_sum():
+    experts = [keras.layers.Dense(4, "tanh") for _ in range(3)]
+    layer = layers.MMoE(3, None, 2, experts=experts)
+    outputs, routing = layer(X, return_routing=True)
+    given = np.stack([keras.ops.convert_to_numpy(expert(X)) for expert in experts], axis=1)
+    weights = keras.ops.convert_to_numpy(routing.weights)
+    for task, output in enumerate(outputs):
+        expected = (weights[:, task, :, None] * given).sum(1)
+        helpers.assert_close(keras.ops.convert_to_numpy(output), expected, "sum")
+
+
 def test_a_task_gives_other_tasks_experts_no_gradient():
     layer = layers.CGC([6, 4], 2, 2, 1)
     layer.build((None, WIDTH))
@@ -133,6 +190,16 @@ def test_access_is_that_of_cgc(access):
         (lambda: layers.PLE(4, 2, num_levels=0), "`num_levels` must be a positive integer"),
         (lambda: layers.PLE(4, 2, gate=routers.SoftmaxGate(3, 2)), "a function that makes one"),
         (lambda: layers.PLE(4, 2, gate="soft"), "`gate` must be one of"),
+        (
+            lambda: layers.MMoE(3, 4, 2, experts=keras.layers.Dense(4)),
+            "`expert_units` must be left out where `experts` are layers",
+        ),
+        (
+            lambda: layers.MMoE(3, None, 2, experts=keras.layers.Dense(4), dropout=0.1),
+            "`dropout` must be left out where `experts` are layers",
+        ),
+        (lambda: layers.MMoE(3, None, 2), "`expert_units` must be a positive integer"),
+        (lambda: layers.MMoE(3, 4, 2, experts="swish"), "`experts` must be one of"),
         (lambda: layers.AdaTT(4, 0), "`tasks` must be a positive integer"),
         (lambda: layers.PLE(4, 2, balance_weight=0.1), "balance_weight"),
     ],
