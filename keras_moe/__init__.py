@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 # All that registers a Keras class is imported here: saved models load after `import keras_moe`.
-from keras_moe import callbacks, dispatch, layers, models, optimizers, routers
+from keras_moe import callbacks, dispatch, layers, models, multitask, optimizers, routers
 from keras_moe.core.exporting import exporting
 from keras_moe.core.records import GateRouting, Routing, SoftRouting
 from keras_moe.inspection.recording import record_routing
@@ -25,6 +25,7 @@ __all__ = [
     "flops",
     "layers",
     "models",
+    "multitask",
     "optimizers",
     "plots",
     "record_routing",
