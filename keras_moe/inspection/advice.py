@@ -23,7 +23,7 @@ def balance(layer: keras.layers.Layer) -> list[str]:
     if "balance" in layer.router.loss_weights:
         weight = layer.balance_weight
         if not weight:
-            remedies.append(f"{_argument(layer, 'balance', 0.01)}, which is 0")
+            remedies.append(f"{_argument(layer, 'balance', 0.01)} (it is 0 now)")
         else:
             remedies.append(f"a balance loss of a coefficient above {weight:g}")
     if hasattr(layer.router, "bias_update_rate"):
@@ -41,7 +41,7 @@ def against_sureness(layer: keras.layers.Layer) -> list[str]:
         remedies.append(
             f"a router z-loss of a coefficient above {weight:g}"
             if weight
-            else f"{_argument(layer, 'z_loss', 0.001)}, which is 0"
+            else f"{_argument(layer, 'z_loss', 0.001)} (it is 0 now)"
         )
     return [*remedies, f"more `jitter` of the router than {layer.router.jitter:g}", _SLOWER]
 
@@ -54,6 +54,12 @@ def against_drops(layer: keras.layers.Layer, training: bool) -> list[str]:
         name = "eval_capacity_factor" if has_own else "capacity_factor"
         value = getattr(layer, name)
     limit = "capacity" if name == "capacity" else "capacity_factor"
+    if name != "capacity" and value < 1.0:  # no balance makes room for what is not there
+        return [
+            f"a `{name}` of 1 or more, since {value:g} has room for {100 * value:.0f} % of the "
+            "assignments at most",
+            f"`{limit}=None`, which drops nothing",
+        ]
     return [
         f"a larger `{name}` than {value:g}",
         f"`{limit}=None`, which drops nothing",

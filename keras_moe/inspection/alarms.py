@@ -98,7 +98,7 @@ def _uneven(
         yield Alarm(
             "collapse",
             f"The {measure} is that of {used:.1f} experts of equal use, out of {num_experts}, and "
-            f"its spread over the mean is {values[f'{measure}_cv']:.2g}. {try_}",
+            f"its spread over the mean is {values[f'{measure}_cv']:.2f}. {try_}",
         )
     elif "few" in out:
         yield Alarm(
@@ -123,8 +123,8 @@ def _by_batch(values: dict[str, float]) -> str:
     if "batch_cv" not in values:
         return f"{text}."
     return (
-        f"{text}; within a batch the spread of the load over its mean is {values['batch_cv']:.2g}, "
-        f"in the worst one {values['worst_batch_cv']:.2g}."
+        f"{text}; within a batch the spread of the load over its mean is {values['batch_cv']:.2f}, "
+        f"in the worst one {values['worst_batch_cv']:.2f}."
     )
 
 

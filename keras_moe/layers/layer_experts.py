@@ -70,7 +70,7 @@ class LayerExperts(KeepsArguments):
         super().__init__(**kwargs)
         self.num_experts = checks.positive_int("num_experts", num_experts)
         if isinstance(experts, keras.layers.Layer):
-            template = config_of(experts)
+            template = _of_rows(config_of(experts))
             copies = [self._copy(template, expert) for expert in range(num_experts)]
         else:
             copies = list(experts)
@@ -105,7 +105,7 @@ class LayerExperts(KeepsArguments):
         row_shape = (None, *tuple(input_shape)[2:])
         keep_from_remat(self.experts)  # the layer around the bank recomputes all of it
         for expert in self.experts:
-            build_by_call(expert, row_shape)
+            _build_for_rows(expert, row_shape)
             freeze_parts(expert)
         keep_from_remat(self.experts)  # what they made while they were built
 
@@ -207,6 +207,33 @@ class LayerExperts(KeepsArguments):
         return cls(**{**config, "experts": experts})
 
 
+def _of_rows(config: Config) -> Config:
+    """The config of a layer that is called with `(rows, d)`, whatever it was called with before.
+
+    A `Sequential` keeps the shape that it was built for, and would take no other.
+    """
+    if config["class_name"] != "Sequential":
+        return config
+    inner = {key: value for key, value in config["config"].items() if key != "build_input_shape"}
+    first, *others = inner["layers"]
+    is_of_more = first["class_name"] == "InputLayer" and len(first["config"]["batch_shape"]) > 2
+    return {**config, "config": {**inner, "layers": others if is_of_more else inner["layers"]}}
+
+
+def _build_for_rows(expert: keras.layers.Layer, shape: Shape) -> None:
+    """Builds an expert, and says what it is called with where it takes something else."""
+    try:
+        build_by_call(expert, shape)
+        if isinstance(expert, keras.Model):  # which may come built, for another shape
+            expert(keras.KerasTensor(shape, dtype=expert.compute_dtype))
+    except ValueError as error:
+        checks.fail(
+            f"An expert must take rows `(rows, d)`, here {tuple(shape)}: make it for "
+            f"`keras.Input(({shape[-1]},))`. It fails with: {error}",
+            expert=expert.name,
+        )
+
+
 def _start_from(trained: Any, copies: list[keras.layers.Layer]) -> None:
     """Builds the copies of a layer with its weights."""
     shape = None
@@ -216,12 +243,12 @@ def _start_from(trained: Any, copies: list[keras.layers.Layer]) -> None:
         shape = (trained.get_build_config() or {}).get("input_shape")
     if shape is None:
         checks.fail(
-            "`copy_weights` needs `experts` to be one layer that is built: call it once.",
+            "`copy_weights` needs `experts` to be one layer that is built, by `build((None, d))`.",
             experts=trained,
         )
     with keras.name_scope("experts"):
         for copy in copies:
-            build_by_call(copy, (None, shape[-1]))
+            _build_for_rows(copy, (None, shape[-1]))
             copy.set_weights(trained.get_weights())
 
 

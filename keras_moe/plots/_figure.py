@@ -16,5 +16,5 @@ class ShownFigure(Figure):
 
     def _repr_png_(self) -> bytes:
         file = io.BytesIO()
-        self.savefig(file, format="png")
+        self.savefig(file, format="png", dpi=self.dpi)
         return file.getvalue()

@@ -26,7 +26,7 @@ def lead(
         parameters = sum(math.prod(weight.shape) for weight in model.trainable_weights)
         active = parameters - sum(each.parameters - each.active for each in summaries)
     return (
-        f'<p class="faint">{page.words(type(model).__name__)} with '
+        f'<p class="faint">{page.words(model.name)} with '
         f"{page.number(parameters)} parameters, of which a token meets "
         f"{page.number(active)}. On {page.number(count)} examples{classes}; "
         f"{keras.backend.backend()}, Keras {keras.__version__}, keras_moe {__version__}.</p>"
@@ -37,9 +37,8 @@ def _verdict(summaries: Sequence[Summary]) -> str:
     count = len(summaries)
     layers = f"{count} mixture layer{'s' * (count > 1)}"
     ill = [[state for state in summary.states if not state.is_well] for summary in summaries]
-    alarms = sum(len(state.alarms) for states in ill for state in states)
-    if alarms:
-        return f"<p>{alarms} alarm{'s' * (alarms > 1)} in {sum(map(bool, ill))} of {layers}.</p>"
+    if any(ill):
+        return f"<p>Alarms in {sum(map(bool, ill))} of {layers}.</p>"
     judged = sum(any(state.is_judged for state in summary.states) for summary in summaries)
     return f"<p>No alarm in {layers}, of which {judged} could be judged.</p>"
 

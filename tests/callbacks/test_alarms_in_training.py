@@ -97,7 +97,7 @@ PROVOKED = {
     "drops": (
         lambda: moe(4, capacity_factor=0.8),
         classes(*EVEN),
-        "Try a larger `capacity_factor` than 0.8, `capacity_factor=None`",
+        "Try a `capacity_factor` of 1 or more, since 0.8 has room for 80 % of the assignments",
     ),
     "few": (
         lambda: gates([2.5, 2.5, -0.6, -0.6, -0.6, -0.6], experts=6),
@@ -184,13 +184,13 @@ def test_advice_is_possible_and_sees_the_settings():
         return " ".join(str(each.message) for each in caught)
 
     switch = advice(layers.SwitchFFN(4, 8, balance_weight=0.0))
-    assert "`balance_weight=0.01`, which is 0" in switch
+    assert "`balance_weight=0.01` (it is 0 now)" in switch
     assert "router=" not in switch  # which it refuses
     balanced = advice(layers.MoE(4, 8, top_k=1, balance_weight=1e-4))
     assert "a balance loss of a coefficient above 0.0001" in balanced
     assert "`router='sigmoid_bias'`" in balanced
     given = advice(layers.MoE(4, 8, router=top_1(4)))
-    assert "`TopKRouter(losses={'balance': 0.01})`, which is 0" in given
+    assert "`TopKRouter(losses={'balance': 0.01})` (it is 0 now)" in given
     biased = advice(layers.MoE(4, 8, top_k=1, router="sigmoid_bias"))
     assert "`bias_update_rate` above 0.001" in biased
     assert "router='sigmoid_bias'" not in biased

@@ -137,6 +137,24 @@ def test_without_it_copies_start_at_random():
     "experts", [keras.layers.Dense(D), [keras.layers.Dense(D), keras.layers.Dense(D)]]
 )
 def test_there_must_be_weights_to_copy(experts):
-    message = r"needs `experts` to be one layer that is built: call it once\. Received: experts="
+    message = r"needs `experts` to be one layer that is built, by `build.*Received: experts="
     with pytest.raises(ValueError, match=message):
         layers.LayerExperts(experts, 2, copy_weights=True)
+
+
+@pytest.mark.parametrize("is_given", [False, True])
+def test_a_sequential_that_was_called_on_sequences_is_taken(is_given):
+    """As a block of a Transformer calls it, on `(batch, tokens, d)`."""
+    inner = [keras.layers.Dense(8, "relu"), keras.layers.Dense(D)]
+    ffn = keras.Sequential([*([keras.Input((7, D))] if is_given else []), *inner])
+    x = X.reshape(3, 7, D)
+    expected = keras.ops.convert_to_numpy(ffn(x))
+    layer = layers.MoE(4, experts=layers.LayerExperts(ffn, 4, copy_weights=True))
+    np.testing.assert_allclose(keras.ops.convert_to_numpy(layer(x)), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_of_sequences_is_refused_by_what_to_do():
+    inputs = keras.Input((7, D))
+    model = keras.Model(inputs, keras.layers.Dense(D)(inputs))
+    with pytest.raises(ValueError, match=r"must take rows `\(rows, d\)`.*`keras\.Input\(\(6,\)\)`"):
+        layers.LayerExperts(model, 4, copy_weights=True)

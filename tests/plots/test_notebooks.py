@@ -1,6 +1,7 @@
 """A notebook shows the pictures, as it shows those of pyplot."""
 
 import os
+import struct
 import sys
 from pathlib import Path
 
@@ -23,6 +24,9 @@ def test_a_figure_is_a_picture():
     figure = new_figure(2.0, 1.0)
     assert figure._repr_png_().startswith(b"\x89PNG")
     assert (figure.get_figwidth(), figure.get_figheight()) == (2.0, 1.0)
+    figure.set_dpi(40)
+    width, height = struct.unpack(">II", figure._repr_png_()[16:24])
+    assert (width, height) == (80, 40)
 
 
 def test_a_cell_in_a_kernel_shows_its_figure_once(tmp_path, monkeypatch):

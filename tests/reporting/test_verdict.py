@@ -48,7 +48,7 @@ def test_what_training_dropped_is_seen(tmp_path):
     page = keras_moe.report(model, X, tmp_path / "p.html", history=history).read_text("utf-8")
     assert cells(page, "dropped") == ["well", "ill"]
     assert cells(page, "confidence") == ["", ""]
-    assert "1 alarm in 1 of 1 mixture layer." in page
+    assert "Alarms in 1 of 1 mixture layer." in page
     assert "moe, in training, epoch 1" in page
     assert "larger <code>capacity_factor</code> than 0.6" in page
     now = keras_moe.report(model, X, tmp_path / "q.html").read_text("utf-8")
