@@ -12,13 +12,13 @@ TFRS := TF_USE_LEGACY_KERAS=1 KERAS_BACKEND=tensorflow
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: demo vision text tune study-movies study-images study-text study-tune benchmarks benchmarks-table router-table hooks check test test-everywhere lint docs test-jax test-tensorflow test-torch test-tfrs test-once test-docs test-extras test-lowest constraints clean
+.PHONY: demo vision text tune study-movies study-images study-text study-tune benchmarks benchmarks-table router-table hooks check test test-everywhere lint docs notebooks test-jax test-tensorflow test-torch test-tfrs test-once test-docs test-extras test-lowest constraints clean
 
 demo: $(VENV)/.demo
 	$(TFRS) $(BIN)/python examples/recommend_movies.py
 
 # On JAX unless the caller chooses: it compiles and trains these small models fastest on a CPU.
-vision text tune study-images study-text study-tune: export KERAS_BACKEND ?= jax
+vision text tune study-images study-text study-tune notebooks: export KERAS_BACKEND ?= jax
 
 vision: $(VENV)/.demo
 	$(BIN)/python examples/image_classification_vit_moe.py
@@ -75,6 +75,10 @@ lint: $(VENV)/.dev
 
 docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict
+
+# Runs the notebooks of docs/notebooks and stores their outputs, which the documentation shows.
+notebooks: $(VENV)/.dev
+	$(BIN)/python -m tests.docs.notebooks
 
 # Once per backend, each in a process of its own. What no backend can break alone runs on PyTorch only, which
 # compiles nothing (the marker `one_backend`); `make test-everywhere` runs all on all.
@@ -145,4 +149,4 @@ constraints: $(VENV)/.dev
 	 | grep -v '^pip==' | sed 's/+cpu$$//') > constraints.txt
 
 clean:
-	rm -rf $(VENV) $(BENCH) build dist site results .jax_cache
+	rm -rf $(VENV) $(BENCH) build dist site results .jax_cache .cache
