@@ -40,6 +40,9 @@ def newest(records: Iterable[dict[str, Any]]) -> dict[Machine, Latest]:
 
     Args:
         records: oldest first, as `results.read_all` gives them.
+
+    Returns:
+        What is newest by machine, that with the most rows first.
     """
     chosen: dict[Machine, dict[str, dict[str, tuple[dict[str, Any], dict[str, Any]]]]] = {}
     for record in records:
@@ -54,8 +57,13 @@ def newest(records: Iterable[dict[str, Any]]) -> dict[Machine, Latest]:
             },
             {backend: _runs(found.values()) for backend, found in by_backend.items()},
         )
-        for machine, by_backend in sorted(chosen.items())
+        for machine, by_backend in sorted(chosen.items(), key=_most_rows_first)
     }
+
+
+def _most_rows_first(of_machine: tuple[Machine, dict[str, dict[str, Any]]]) -> tuple[int, Machine]:
+    machine, by_backend = of_machine
+    return -sum(map(len, by_backend.values())), machine
 
 
 def without_stale_rows(

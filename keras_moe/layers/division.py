@@ -12,6 +12,7 @@ from keras_moe.core.exporting import is_exporting
 from keras_moe.core.records import Routing
 from keras_moe.core.types import Axes, Size, Tensor
 from keras_moe.dispatch import backend
+from keras_moe.dispatch.layout import wide_dtype
 from keras_moe.layers.scopes import Inside, random_states
 
 Function: TypeAlias = Callable[[Tensor, Routing, Axes], tuple[Tensor, Tensor]]
@@ -116,7 +117,8 @@ class Division(NamedTuple):
         total = backend.current.sum_over_devices
         if not chooses_tokens:
             kept = total(ops.cast(kept, "int32"), (self.experts,)) > 0
-        return total(outputs, (self.experts,)), kept
+        sums = total(ops.cast(outputs, wide_dtype(outputs)), (self.experts,))
+        return ops.cast(sums, outputs.dtype), kept
 
     def _axes(self) -> tuple[str, ...]:
         return tuple(axis for axis in (self.tokens, self.experts) if axis is not None)
