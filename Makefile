@@ -8,8 +8,7 @@ BENCH := .venv-benchmarks
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TFRS := TF_USE_LEGACY_KERAS=1 KERAS_BACKEND=tensorflow
-# One worker runs all tests of an `xdist_group`, which share what a process of their own has found.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
+PYTEST := $(BIN)/python -m pytest -n 2
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
 .PHONY: demo vision text tune study-movies study-images study-text study-tune benchmarks benchmarks-table router-table hooks check test test-everywhere lint docs notebooks test-jax test-tensorflow test-torch test-tfrs test-once test-docs test-extras test-lowest constraints clean
@@ -102,10 +101,11 @@ test-tfrs: $(VENV)/.dev
 	$(TFRS) $(PYTEST) tests/integrations tests/examples/test_recommend_movies.py \
 		tests/examples/studies/test_movies_study.py
 
-# What does not depend on the backend, or starts a process per backend itself. The examples and studies that are not
-# of Keras 2 run on PyTorch, which compiles nothing.
+# What does not depend on the backend, or starts a process per backend itself, whose tests share what it has found: by
+# file, so that two workers do not start it twice. The examples and studies that are not of Keras 2 run on PyTorch,
+# which compiles nothing.
 test-once: $(VENV)/.dev test-docs
-	KERAS_BACKEND=jax $(PYTEST) tests/benchmarks tests/cross_backend tests/distribution tests/packaging
+	KERAS_BACKEND=jax $(PYTEST) --dist loadfile tests/benchmarks tests/cross_backend tests/distribution tests/packaging
 	OMP_NUM_THREADS=1 KERAS_BACKEND=torch $(PYTEST) tests/examples
 
 # The code of pages and docstrings, which calls layers operation by operation.

@@ -11,8 +11,6 @@ import pytest
 SCRIPT = Path(__file__).parent / "divide.py"
 DEVICES, EXPERTS, WIDTH, HIDDEN, SLOTS = 8, 8, 12, 16, 24
 
-pytestmark = pytest.mark.xdist_group("division")
-
 
 @pytest.fixture(scope="module")
 def runs():

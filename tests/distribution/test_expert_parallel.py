@@ -12,7 +12,6 @@ import pytest
 import keras_moe
 from keras_moe import layers
 
-pytestmark = pytest.mark.xdist_group("expert_parallel")
 on_jax = pytest.mark.skipif(keras.backend.backend() != "jax", reason="JAX divides")
 
 

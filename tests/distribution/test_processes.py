@@ -14,8 +14,6 @@ SCRIPT = Path(__file__).parent / "train_processes.py"
 PAGE = Path(__file__).parents[2] / "docs" / "devices.md"
 EPOCHS, LIMIT = 20, 400
 
-pytestmark = pytest.mark.xdist_group("processes")
-
 
 def free_port():
     with socket.socket() as listening:

@@ -11,8 +11,6 @@ import pytest
 
 FOLDER = Path(__file__).parent
 
-pytestmark = pytest.mark.xdist_group("replicas")
-
 
 @pytest.fixture(scope="module", params=["train_mirrored", "train_ddp"])
 def run(request):

@@ -11,8 +11,6 @@ import pytest
 
 SCRIPT = Path(__file__).parent / "train_sharded.py"
 
-pytestmark = pytest.mark.xdist_group("sharding")
-
 
 @pytest.fixture(scope="module")
 def run():
