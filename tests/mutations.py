@@ -115,8 +115,8 @@ MUTATIONS = (
     Mutation(
         "the balance loss grows with k",
         ROUTERS + "losses.py",
-        "fractions = ops.stop_gradient(load) / (count * top_k)",
-        "fractions = ops.stop_gradient(load) / count",
+        "fractions = total / (tokens * top_k)",
+        "fractions = total / tokens",
         (ROUTER_ORACLES,),
     ),
     Mutation(
@@ -228,8 +228,8 @@ MUTATIONS = (
     Mutation(
         "the gradient of a weight forgets the bias in PyTorch",
         TORCH,
-        "grad_weight[start:end] += grad_outputs.to(wide) @ bias[expert].to(wide)",
-        "grad_weight[start:end] += 0 * (grad_outputs.to(wide) @ bias[expert].to(wide))",
+        "grad_weight[start:end] += grad_outputs.to(wide) @ bias_of",
+        "grad_weight[start:end] += 0 * (grad_outputs.to(wide) @ bias_of)",
         (WALK,),
     ),
     Mutation(

@@ -21,8 +21,12 @@ def assert_sharded(model: keras.layers.Layer) -> None:
     Raises:
         ValueError: With the paths of what is not divided, or where the model has no experts.
     """
+    # Not those of all tokens: shared experts, and the hidden layers of gates.
     banks = [
-        layer for layer in model._flatten_layers() if isinstance(layer, ExpertMLP | LayerExperts)
+        bank
+        for layer in model._flatten_layers()
+        for bank in [getattr(layer, "experts", None)]
+        if isinstance(bank, ExpertMLP | LayerExperts)
     ]
     weights = {id(weight): weight for bank in banks for weight in bank.weights}
     if not weights:

@@ -36,7 +36,7 @@ def test_replicas_are_one_model(run):
 
 def test_what_follows_the_load_has_changed(run):
     weights = run["alone"]["weights"]
-    assert np.ptp(weights["bias/router/bias"]) > 0.02
+    assert np.abs(weights["bias/router/bias"]).max() > 0.005
     assert weights["relu/router/penalty"] != pytest.approx(1e-8, rel=1e-2)
 
 

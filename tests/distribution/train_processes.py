@@ -33,11 +33,11 @@ import keras_moe  # noqa: E402
 
 if processes > 1:
     keras.distribution.initialize(arguments.address, processes, process)
-    keras.distribution.set_distribution(
-        keras_moe.distribution.expert_parallel(auto_shard_dataset=False)
-        if arguments.experts
-        else keras.distribution.DataParallel(auto_shard_dataset=False)
-    )
+keras.distribution.set_distribution(  # one process needs it too: a checkpoint is laid out by it
+    keras_moe.distribution.expert_parallel(auto_shard_dataset=False)
+    if arguments.experts
+    else keras.distribution.DataParallel(auto_shard_dataset=False)
+)
 
 BATCH, STEPS, EPOCHS, WIDTH = 32, 10, 20, 8
 
