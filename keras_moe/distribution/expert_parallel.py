@@ -93,7 +93,7 @@ def expert_parallel(
 
     >>> import keras
     >>> import keras_moe
-    >>> distribution = keras_moe.distribution.expert_parallel()
+    >>> distribution = keras_moe.distribution.expert_parallel(["cpu:0"])  # as of all devices
     >>> keras.distribution.set_distribution(distribution)
     >>> # make the model, compile it and fit it
     >>> keras.distribution.set_distribution(None)

@@ -133,6 +133,7 @@ class AdaTT(TaskStack):
         num_levels: int | None = None,
         *,
         gate_use_bias: bool = True,
+        seed: int | None = None,
         **kwargs: Any,
     ) -> None:
         if kwargs.get("gate", "softmax") not in ("softmax", "sigmoid"):
@@ -144,6 +145,7 @@ class AdaTT(TaskStack):
             num_shared_experts,
             num_levels,
             gate_use_bias=gate_use_bias,
+            seed=seed,
             **kwargs,
         )
 

@@ -73,8 +73,16 @@ class PLE(TaskStack):
         num_task_experts: int = 1,
         num_shared_experts: int = 1,
         num_levels: int | None = None,
+        *,
+        seed: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(
-            expert_units, tasks, num_task_experts, num_shared_experts, num_levels, **kwargs
+            expert_units,
+            tasks,
+            num_task_experts,
+            num_shared_experts,
+            num_levels,
+            seed=seed,
+            **kwargs,
         )

@@ -45,8 +45,9 @@ class DSelectKRouter(LinearRouter):
         kernel_initializer: Initializer of z and its kernel. Defaults to `None`, uniform within
             gamma / 100 of 0 (the authors').
         **kwargs: Arguments of `LinearRouter`: `losses`, `jitter`, `use_bias` (of z and alpha; not
-            where they are static), `kernel_regularizer`, `kernel_constraint`, `seed`. In `losses`,
-            `"entropy"` is 1e-6 by default; the paper tunes it.
+            where they are static), `global_balance` (not True: it has no balance loss),
+            `kernel_regularizer`, `kernel_constraint`, `seed`. In `losses`, `"entropy"` is 1e-6 by
+            default; the paper tunes it.
 
     Reference:
         Hazimeh et al. 2021, "DSelect-k: Differentiable Selection in the Mixture of Experts",

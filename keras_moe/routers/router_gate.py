@@ -33,11 +33,13 @@ class RouterGate(Gate):
         router: A name out of "top_k", "noisy_top_k", "dselect_k", "sigmoid_bias", "relu" and
             "sinkhorn", the config of a `keras_moe.routers.LinearRouter`, or a function of a number
             of experts that returns one. Each task's is made for the experts that it may take.
+            Defaults to `"top_k"`.
         top_k: Positive integer, the experts per example of a named router. Defaults to `2`.
         **kwargs: Arguments of `Gate`: `access`, `dropout`, `seed`.
 
     Call arguments:
         inputs: `(N, d)`, read by all gates, or `(T, N, d)`, one input per gate.
+        mask: Optional bool `(N,)`, False at padding, which takes no part in losses.
         training: Whether dropout and the routers' noise are on.
 
     Returns:

@@ -26,6 +26,7 @@ class SigmoidGate(LinearGate):
 
     Call arguments:
         inputs: `(N, d)`, read by all gates, or `(T, N, d)`, one input per gate.
+        mask: Optional bool `(N,)`, False at padding, which takes no part in losses.
         training: Whether dropout is on.
 
     Returns:
