@@ -81,7 +81,7 @@ notebooks: $(VENV)/.dev
 
 # Once per backend, each in a process of its own. What no backend can break alone runs on PyTorch only, which
 # compiles nothing (the marker `one_backend`); `make test-everywhere` runs all on all.
-CORE_TESTS := tests/callbacks tests/dispatch tests/layers tests/models tests/optimizers tests/oracle tests/parity \
+CORE_TESTS := tests/callbacks tests/dispatch tests/layers tests/models tests/multitask tests/optimizers tests/oracle tests/parity \
 	tests/plots tests/reporting tests/routers tests/tuning
 
 # Most of a test's time goes into compiling small programs. So LLVM does not optimise them, XLA still does, and JAX
