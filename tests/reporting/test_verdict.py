@@ -50,7 +50,7 @@ def test_what_training_dropped_is_seen(tmp_path):
     assert cells(page, "confidence") == ["", ""]
     assert "Alarms in 1 of 1 mixture layer." in page
     assert "moe, in training, epoch 1" in page
-    assert "larger <code>capacity_factor</code> than 0.6" in page
+    assert "<code>capacity_factor</code> of 1 or more, since 0.6 has room for 60 %" in page
     now = keras_moe.report(model, X, tmp_path / "q.html").read_text("utf-8")
     assert "No alarm in 1 mixture layer, of which 1 could be judged." in now
     assert 'class="ill"' not in now
@@ -60,7 +60,7 @@ def test_the_limit_of_inference_is_named(tmp_path):
     keras.utils.set_random_seed(0)
     mixture = layers.MoE(4, 8, top_k=1, capacity_factor=2.0, eval_capacity_factor=0.5, name="moe")
     page = keras_moe.report(model_of(mixture), X, tmp_path / "p.html").read_text("utf-8")
-    assert "larger <code>eval_capacity_factor</code> than 0.5" in page
+    assert "<code>eval_capacity_factor</code> of 1 or more, since 0.5 has room for 50 %" in page
 
 
 def test_too_few_are_neither_well_nor_ill(tmp_path):
