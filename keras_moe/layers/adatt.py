@@ -7,6 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_moe.core.initializers import derived_seed
 from keras_moe.core.types import Tensor
 from keras_moe.layers.task_level import InnerLevel
 from keras_moe.layers.task_stack import TaskStack
@@ -31,11 +32,13 @@ class _Fusion(InnerLevel):
         own, shared = self.num_task_experts, self.num_shared_experts
         tasks = self.num_tasks - self._has_shared_gate
         self.native = self.add_weight(
-            name="native", shape=(tasks, own), initializer=_uniform(own, self.seed)
+            name="native", shape=(tasks, own), initializer=_uniform(own, self.seed, "native")
         )
         if self._has_shared_gate:
             self.shared_native = self.add_weight(
-                name="shared_native", shape=(1, shared), initializer=_uniform(shared, self.seed)
+                name="shared_native",
+                shape=(1, shared),
+                initializer=_uniform(shared, self.seed, "shared"),
             )
 
     def _with_native(self, weights: Tensor) -> Tensor:
@@ -81,7 +84,8 @@ class AdaTT(TaskStack):
             `0` (AdaTT-sp).
         num_levels: Positive integer, or None for 2, or for as many as `expert_units` has sequences.
             Defaults to `None`.
-        gate_use_bias: Whether each gate has a bias per expert. Defaults to `True` (the authors').
+        gate_use_bias: Whether each gate has a bias per expert. Defaults to `None`: as the authors',
+            which have one, where `gate` is "softmax" or "sigmoid".
         seed: Optional integer, of which each level derives its own. Defaults to `None`.
         **kwargs: The other arguments of `MMoE`, for every level: `activation`, `use_bias`,
             `dropout`, `gate` (a name, or a function of the experts E, the gates and their access
@@ -132,12 +136,12 @@ class AdaTT(TaskStack):
         num_shared_experts: int = 0,
         num_levels: int | None = None,
         *,
-        gate_use_bias: bool = True,
+        gate_use_bias: bool | None = None,
         seed: int | None = None,
         **kwargs: Any,
     ) -> None:
-        if kwargs.get("gate", "softmax") not in ("softmax", "sigmoid"):
-            gate_use_bias = False  # which a gate of another kind brings
+        if gate_use_bias is None:
+            gate_use_bias = kwargs.get("gate", "softmax") in ("softmax", "sigmoid")
         super().__init__(
             expert_units,
             tasks,
@@ -150,6 +154,6 @@ class AdaTT(TaskStack):
         )
 
 
-def _uniform(experts: int, seed: int | None) -> keras.initializers.Initializer:
+def _uniform(experts: int, seed: int | None, purpose: str) -> keras.initializers.Initializer:
     bound = experts**-0.5
-    return keras.initializers.RandomUniform(-bound, bound, seed=seed)
+    return keras.initializers.RandomUniform(-bound, bound, seed=derived_seed(seed, purpose))

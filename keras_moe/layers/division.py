@@ -66,15 +66,15 @@ class Division(NamedTuple):
                 losses = [self._mean(loss) for loss in scope.losses]
                 experts._clear_losses()  # which are added outside
                 after = [scope.get_current_value(variable) for variable in variables]
-            changed[:] = [
-                variable
+            moved = [
+                (variable, new)
                 for variable, old, new in zip(variables, start, after, strict=True)
                 if new is not old
             ]
-            news = [scope.get_current_value(variable) for variable in changed]
+            changed[:] = [variable for variable, _ in moved]
             news = [
                 new - offset if id(variable) in seeds else self._mean(new)
-                for variable, new in zip(changed, news, strict=True)
+                for variable, new in moved
             ]
             return *self._joined(outputs, kept, chooses_tokens), news, losses
 

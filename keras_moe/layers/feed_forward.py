@@ -1,7 +1,7 @@
 """Base of `MoE` and `SoftMoE`: a bank of feed-forward experts and its arguments."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -108,14 +108,8 @@ class ExpertFeedForward(FreezesParts, RematerializesExperts, NamesSizes):
 
     def _refuse_descriptions(self) -> None:
         """Fails where an argument describes experts that the layer does not make."""
-        arguments = {name: getattr(self, name) for name in ("hidden_dim", *_DESCRIPTIONS)}
-        for name, value in arguments.items():
-            default = _DESCRIPTIONS.get(name, _same)(_default_of(type(self), name))
-            if _comparable(value) != _comparable(default):
-                checks.fail(
-                    f"`{name}` must be left out where `experts` are layers: give it to these.",
-                    **{name: value},
-                )
+        given = {name: getattr(self, name) for name in ("hidden_dim", *_DESCRIPTIONS)}
+        refuse_descriptions(type(self), given)
 
     def _experts_from(self, experts: Any) -> Any:
         """The bank where experts are objects; named ones are made by `_make_experts`, None here."""
@@ -211,6 +205,17 @@ def bank_from(experts: Any, num_experts: int, dtype: Any) -> Any:
             experts=experts,
         )
     return LayerExperts(experts, num_experts, name="experts", dtype=dtype)
+
+
+def refuse_descriptions(layer: type, given: Mapping[str, Any]) -> None:
+    """Fails where an argument of a layer, not its default, describes experts that it is given."""
+    for name, value in given.items():
+        made = _DESCRIPTIONS.get(name, _same)
+        if _comparable(made(value)) != _comparable(made(_default_of(layer, name))):
+            checks.fail(
+                f"`{name}` must be left out where `experts` are layers: give it to these.",
+                **{name: value},
+            )
 
 
 def _same(value: Any) -> Any:

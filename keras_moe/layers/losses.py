@@ -1,21 +1,20 @@
 """The losses of a layer's router: those of each call, times coefficients that may change."""
 
-import weakref
 from typing import Any
 
 import keras
 from keras import ops
-from keras.src.backend import get_stateless_scope, in_stateless_scope
 
 from keras_moe.core import checks
 from keras_moe.core.records import Routing
+from keras_moe.core.several_calls import KeepsLosses
 from keras_moe.core.types import Tensor
 from keras_moe.layers.counts import RoutingCounts
 from keras_moe.layers.loops import enclosing_loop
 from keras_moe.routers import Router
 
 
-class AddsRouterLosses(keras.layers.Layer):
+class AddsRouterLosses(KeepsLosses):
     """Base of layers that add the losses of their router to the model's.
 
     The coefficients are a weight, `loss_weights (losses,)`, which a compiled training step reads
@@ -27,7 +26,6 @@ class AddsRouterLosses(keras.layers.Layer):
     _counts: RoutingCounts
     _loss_weights: Any = None
     _loss_names: tuple[str, ...] = ()  # of the losses that are on, in the order of the coefficients
-    _losses_scope: Any = None
 
     def _build_losses(self) -> None:
         on = {name: weight for name, weight in self.router.loss_weights.items() if weight}
@@ -55,16 +53,6 @@ class AddsRouterLosses(keras.layers.Layer):
             self.add_loss(ops.cast(loss, keras.config.floatx()))
             losses.append(loss)
         return losses
-
-    def _clear_losses(self) -> None:
-        # On JAX, Keras (3.15.1) runs a model's layers without a call context of the model: each
-        # call of a layer counts as a new step and would drop the losses of the call before.
-        scope = get_stateless_scope() if in_stateless_scope() else None
-        if scope is not None and scope.collect_losses:
-            if self._losses_scope is not None and self._losses_scope() is scope:
-                return
-            self._losses_scope = weakref.ref(scope)
-        super()._clear_losses()
 
     @property
     def balance_weight(self) -> float:

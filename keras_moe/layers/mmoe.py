@@ -1,6 +1,5 @@
 """Multi-gate mixture of experts for multi-task learning."""
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeAlias
@@ -25,11 +24,11 @@ from keras_moe.core.types import (
 from keras_moe.dispatch import backend
 from keras_moe.layers.counts import RunningSums, check_built
 from keras_moe.layers.expert_mlp import ExpertMLP, checked_units
-from keras_moe.layers.feed_forward import NAMED_EXPERTS, bank_from
+from keras_moe.layers.feed_forward import NAMED_EXPERTS, bank_from, refuse_descriptions
 from keras_moe.layers.freezing import FreezesParts, freeze_parts
 from keras_moe.layers.rematerialization import RematerializesExperts
 from keras_moe.layers.sublayers import adopt, build_once, config_of, name_or_default
-from keras_moe.layers.tasks import access_of, checked_tasks
+from keras_moe.layers.tasks import GivesByTask, access_of, checked_tasks
 from keras_moe.layers.tokens import flat_mask, zero_where_padded
 from keras_moe.routers import router_gate
 from keras_moe.routers.gates import Gate, LinearGate
@@ -44,7 +43,7 @@ _BANKS: dict[str, type[LinearGate]] = {"softmax": SoftmaxGate, "sigmoid": Sigmoi
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
-class MMoE(FreezesParts, RematerializesExperts, NamesSizes):
+class MMoE(FreezesParts, RematerializesExperts, GivesByTask, NamesSizes):
     """Experts that all tasks share, and one gate per task that mixes them.
 
     gates[n,t,:] = softmax(x[n,:] @ kernel[t])
@@ -209,15 +208,7 @@ class MMoE(FreezesParts, RematerializesExperts, NamesSizes):
             self._describing = self.experts.get_config()
             return
         self.expert_units = None
-        parameters = inspect.signature(MMoE.__init__).parameters
-        given = {"expert_units": expert_units, **describing}
-        for name, value in given.items():
-            default = None if name == "expert_units" else parameters[name].default
-            if value != default:
-                checks.fail(
-                    f"`{name}` must be left out where `experts` are layers: give it to these.",
-                    **{name: value},
-                )
+        refuse_descriptions(MMoE, {"expert_units": expert_units, **describing})
         self._describing = dict(describing)
         self.experts = bank_from(experts, self.num_experts, self.dtype_policy)
         adopt(self.experts, "experts")
@@ -375,17 +366,6 @@ class MMoE(FreezesParts, RematerializesExperts, NamesSizes):
 
     def _width_of_outputs(self, width: int) -> int:
         return int(self.experts.compute_output_shape((1, None, width))[-1])
-
-    def _by_task(self, outputs: list[Tensor]) -> list[Tensor] | dict[str, Tensor]:
-        if isinstance(self.tasks, int):
-            return outputs
-        return dict(zip(self.tasks, outputs, strict=True))
-
-    def compute_mask(self, inputs: Tensor, previous_mask: Tensor | None = None) -> Any:
-        """Every task's output keeps the mask of the inputs."""
-        if previous_mask is None:
-            return None
-        return self._by_task([previous_mask] * self.num_tasks)
 
     def _count(self, routing: GateRouting, mask: Tensor | None) -> None:
         entropy = numerics.entropy(routing.logits)  # (n, t)

@@ -69,11 +69,6 @@ class TaskLevel(MMoE):
         )
         self.num_task_experts, self.num_shared_experts = own, shared
 
-    @property
-    def num_units(self) -> int:
-        """The tasks, and one more where there are shared experts."""
-        return max(self._unit_of_expert) + 1
-
     def _read_by_experts(self, inputs: Tensor) -> Tensor:
         if inputs.shape[0] == 1:
             return inputs

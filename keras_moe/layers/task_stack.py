@@ -17,6 +17,7 @@ from keras_moe.layers.freezing import FreezesParts, freeze_parts
 from keras_moe.layers.mmoe import MMoE
 from keras_moe.layers.sublayers import config_of, name_or_default
 from keras_moe.layers.task_level import InnerLevel
+from keras_moe.layers.tasks import GivesByTask
 from keras_moe.layers.tokens import flat_mask, zero_where_padded
 from keras_moe.routers.gates import Gate
 
@@ -35,7 +36,7 @@ _OF_A_LEVEL = frozenset(_DEFAULTS) - {
 _INITIALIZERS = ("kernel_initializer", "bias_initializer", "gate_initializer")
 
 
-class TaskStack(FreezesParts, KeepsArguments):
+class TaskStack(FreezesParts, GivesByTask, KeepsArguments):
     """Base of stacks of levels, `PLE` and `AdaTT`: each task's output of a level is its next input.
 
     Args:
@@ -139,17 +140,6 @@ class TaskStack(FreezesParts, KeepsArguments):
         shape = (*token_axes, self.levels[-1].output_width)
         outputs = self._by_task([ops.reshape(units[task], shape) for task in range(self.num_tasks)])
         return (outputs, records) if return_routing else outputs
-
-    def _by_task(self, outputs: list[Any]) -> list[Any] | dict[str, Any]:
-        if isinstance(self.tasks, int):
-            return outputs
-        return dict(zip(self.tasks, outputs, strict=True))
-
-    def compute_mask(self, inputs: Tensor, previous_mask: Tensor | None = None) -> Any:
-        """Every task's output keeps the mask of the inputs."""
-        if previous_mask is None:
-            return None
-        return self._by_task([previous_mask] * self.num_tasks)
 
     def get_config(self) -> Config:
         config: Config = super().get_config()

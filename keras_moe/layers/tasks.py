@@ -3,8 +3,29 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import keras
+
 from keras_moe.core import checks
+from keras_moe.core.types import Tensor
 from keras_moe.routers.gates import checked_access
+
+
+class GivesByTask(keras.layers.Layer):
+    """Base of layers with an output for each task: a list, or a dict where tasks have names."""
+
+    tasks: int | tuple[str, ...]
+    num_tasks: int
+
+    def _by_task(self, outputs: list[Any]) -> list[Any] | dict[str, Any]:
+        if isinstance(self.tasks, int):
+            return outputs
+        return dict(zip(self.tasks, outputs, strict=True))
+
+    def compute_mask(self, inputs: Tensor, previous_mask: Tensor | None = None) -> Any:
+        """Every task's output keeps the mask of the inputs."""
+        if previous_mask is None:
+            return None
+        return self._by_task([previous_mask] * self.num_tasks)
 
 
 def access_of(

@@ -84,7 +84,8 @@ def multitask_ranker(
 
     Returns:
         A `keras.Model` from a dict of inputs by feature to a dict of float32 `(batch, 1)`
-        predictions by task. The mixture is its layer `mmoe`; `task_gates` shows its gates.
+        predictions by task. The mixture is its layer `mmoe`, or the given one; `task_gates` shows
+        the gates of an `MMoE`.
 
     Raises:
         ValueError: on names that repeat, are unknown or that a backend refuses, names that give two

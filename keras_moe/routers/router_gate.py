@@ -9,6 +9,7 @@ from keras import ops
 
 from keras_moe.core import checks
 from keras_moe.core.initializers import derived_seed, reseeded_config
+from keras_moe.core.several_calls import KeepsLosses
 from keras_moe.core.types import Config, Shape, Tensor
 from keras_moe.routers import registry
 from keras_moe.routers.base import LinearRouter, Router
@@ -20,7 +21,7 @@ NAMED = ("top_k", "noisy_top_k", "dselect_k", "sigmoid_bias", "relu", "sinkhorn"
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
-class RouterGate(Gate):
+class RouterGate(KeepsLosses, Gate):
     """Gives every task a router of its own, which chooses experts for each example.
 
     weights[n,t,:] are the router's weights of the experts that it chose, and 0 for the others. All
@@ -125,7 +126,9 @@ class RouterGate(Gate):
             record = router(own, mask=mask, training=training)
             for name, weight in router.loss_weights.items():
                 if weight and router.trainable:
-                    self.add_loss(weight * record.losses[name])
+                    # In the dtype of the model's loss, to which TensorFlow adds no other.
+                    loss = weight * record.losses[name]
+                    self.add_loss(ops.cast(loss, keras.config.floatx()))
             kept = ops.where(record.kept, record.weights, 0.0)
             found = spread(kept, record.experts, router.num_experts)
             weights.append(self._among_all(task, found))

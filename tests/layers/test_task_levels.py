@@ -189,6 +189,7 @@ def test_access_is_that_of_cgc(access):
         (lambda: layers.PLE([[4], [4]], 2, num_levels=3), "or num_levels=3 of them"),
         (lambda: layers.PLE(4, 2, num_levels=0), "`num_levels` must be a positive integer"),
         (lambda: layers.PLE(4, 2, gate=routers.SoftmaxGate(3, 2)), "a function that makes one"),
+        (lambda: layers.AdaTT(4, 2, gate="top_k", gate_use_bias=True), "`gate_use_bias` must be"),
         (lambda: layers.PLE(4, 2, gate="soft"), "`gate` must be one of"),
         (
             lambda: layers.MMoE(3, 4, 2, experts=keras.layers.Dense(4)),

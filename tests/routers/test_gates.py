@@ -100,6 +100,20 @@ def test_losses_of_routers_are_added_with_their_coefficients():
     assert not losses
 
 
+def test_the_losses_of_two_calls_in_a_step_are_in_the_loss_of_fit():
+    gate = routers.RouterGate(5, 1, lambda n: routers.DSelectKRouter(n, losses={"entropy": 1.0}))
+    layer = layers.MMoE(5, [WIDTH], 1, gate=gate)
+    inputs = keras.Input((WIDTH,))
+    model = keras.Model(inputs, layer(layer(inputs)[0])[0])
+    helpers.randomize_weights(model)
+    zero = keras.losses.MeanSquaredError()
+    model.compile(keras.optimizers.SGD(0.0), lambda y, p: 0.0 * zero(y, p))
+    model(X, training=True)
+    losses = [float(keras.ops.convert_to_numpy(loss)) for loss in model.losses]
+    assert len(losses) == len(set(losses)) == 4  # the entropy and unused codes, of each call
+    np.testing.assert_allclose(model.train_on_batch(X, X), sum(losses), rtol=1e-5)
+
+
 @pytest.mark.parametrize("kind", [routers.SoftmaxGate, routers.SigmoidGate])
 def test_dropout_keeps_the_sum_and_one_expert(kind):
     gate = build(kind(EXPERTS, TASKS, dropout=0.7, access=ACCESS, seed=3))
